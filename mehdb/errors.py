@@ -1,0 +1,231 @@
+"""Every error that mehdb raises on purpose, in one tree.
+
+    MehdbError
+    ├── RequestError        the caller's fault: the answer says what to send instead
+    │   ├── BadKey, BadParameter, BadBody                  400
+    │   ├── KeyNotFound, RouteNotFound                     404
+    │   ├── MethodNotAllowed                               405
+    │   ├── BodyTooSlow                                    408
+    │   ├── ValueTooLarge                                  413
+    │   └── ExpectationFailed                              417
+    ├── NotNow              nobody's fault: the same request may succeed later
+    │   └── QueueFull, NotSynced, Stopping                 503
+    ├── PositionError       two nodes' positions do not fit together
+    │   ├── Diverged                                       409
+    │   └── Compacted                                      410
+    ├── PeerError           another node's fault, or the network's
+    │   └── PeerUnreachable, PeerAnswerInvalid, StaleEpoch
+    ├── StoreError          this disk's fault
+    │   ├── DirectoryInUse, UnsafeSqlite, UnknownSchema    before anything is opened or changed
+    │   ├── DamagedRow                                     500
+    │   ├── StoreFailed                                    500
+    │   └── DiskFull                                       507
+    └── SettingsError       the operator's fault: all that is wrong at once
+
+Each class has a stable `code` (clients may match on it), the HTTP `status` it is answered with, and a message that says
+what to do next. Only `mehdb.api` turns them into answers.
+"""
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class MehdbError(Exception):
+    """The root: catch it to catch everything that mehdb raises on purpose."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+    retry_after_s: ClassVar[int | None] = None
+
+
+class RequestError(MehdbError):
+    """The request cannot be answered as it was sent."""
+
+    code = "bad_request"
+    status = 400
+
+
+class BadKey(RequestError):
+    """The key is empty, too long, not UTF-8, holds NUL, or was not percent-encoded properly."""
+
+    code = "bad_key"
+
+
+class BadParameter(RequestError):
+    """A query parameter is unknown, repeated or has a value that it cannot have."""
+
+    code = "bad_parameter"
+
+
+class BadBody(RequestError):
+    """The body ended early or its framing was broken."""
+
+    code = "bad_body"
+
+
+class KeyNotFound(RequestError):
+    """No such key is live."""
+
+    code = "key_not_found"
+    status = 404
+
+
+class RouteNotFound(RequestError):
+    """No such route."""
+
+    code = "route_not_found"
+    status = 404
+
+
+class MethodNotAllowed(RequestError):
+    """The route exists, but not with this method. *allowed* goes into `Allow`."""
+
+    code = "method_not_allowed"
+    status = 405
+
+    def __init__(self, message: str, allowed: str) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+
+class BodyTooSlow(RequestError):
+    """The body stalled, or came slower than the server waits for."""
+
+    code = "body_too_slow"
+    status = 408
+
+
+class ValueTooLarge(RequestError):
+    """The value is larger than this node takes."""
+
+    code = "value_too_large"
+    status = 413
+
+
+class ExpectationFailed(RequestError):
+    """An `Expect` other than `100-continue` (RFC 9110, 10.1.1)."""
+
+    code = "expectation_failed"
+    status = 417
+
+
+class NotNow(MehdbError):
+    """The same request may succeed later."""
+
+    code = "not_now"
+    status = 503
+    retry_after_s = 1
+
+
+class QueueFull(NotNow):
+    """More bytes wait to be written than the queue may hold."""
+
+    code = "queue_full"
+
+
+class NotSynced(NotNow):
+    """This follower holds nothing yet, so it cannot know whether a key exists."""
+
+    code = "not_synced"
+
+
+class Stopping(NotNow):
+    """The node is stopping and takes no new writes."""
+
+    code = "stopping"
+
+
+class PositionError(MehdbError):
+    """A position does not lie on the sequence that a store holds."""
+
+
+class Diverged(PositionError):
+    """Another history, ahead, or another chain at that revision."""
+
+    code = "diverged"
+    status = 409
+
+
+class Compacted(PositionError):
+    """The changes after that revision are partly gone: behind the floor."""
+
+    code = "compacted"
+    status = 410
+
+
+class PeerError(MehdbError):
+    """Another node, or the way to it, failed."""
+
+    code = "peer"
+    status = 503
+
+
+class PeerUnreachable(PeerError):
+    """No answer within the time limits, or a refusal that may pass."""
+
+    code = "peer_unreachable"
+
+
+class PeerAnswerInvalid(PeerError):
+    """An answer that no healthy node gives: nothing of it was applied."""
+
+    code = "peer_answer_invalid"
+
+
+class StaleEpoch(PeerError):
+    """A page from a leader of an epoch lower than one already seen: never obeyed."""
+
+    code = "stale_epoch"
+
+
+class StoreError(MehdbError):
+    """The data directory, or the disk under it."""
+
+    code = "store"
+
+
+class DirectoryInUse(StoreError):
+    """Another process holds the lock of the data directory."""
+
+    code = "directory_in_use"
+
+
+class UnsafeSqlite(StoreError):
+    """The SQLite library has a bug that loses data in WAL mode."""
+
+    code = "unsafe_sqlite"
+
+
+class UnknownSchema(StoreError):
+    """The file was written by another program or a newer mehdb. It is not touched."""
+
+    code = "unknown_schema"
+
+
+class DamagedRow(StoreError):
+    """A row's CRC does not match what it holds. The value is never served."""
+
+    code = "damaged_row"
+
+
+class StoreFailed(StoreError):
+    """A write or a sync failed: this process acknowledges nothing more."""
+
+    code = "store_failed"
+
+
+class DiskFull(StoreError):
+    """The volume has no room. Nothing of the batch was written."""
+
+    code = "disk_full"
+    status = 507
+
+
+class SettingsError(MehdbError):
+    """One or more settings are wrong. *problems* has a line each."""
+
+    code = "settings"
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))

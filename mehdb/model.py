@@ -1,0 +1,173 @@
+"""What nodes know and tell each other: changes, pages, positions and status, and their wire form.
+
+Pure values: nothing here touches a disk, a socket or a clock. A page travels as msgpack, everything else as JSON; both
+forms are fixed by the field order and names below, so a field is only ever added at the end.
+"""
+
+from enum import StrEnum
+from typing import Final, NewType
+
+import msgspec
+
+from mehdb.errors import BadKey, PeerAnswerInvalid
+
+Revision = NewType("Revision", int)
+"""The number of a change: 1, 2, 3 … without gaps. 0 is the position before the first."""
+
+Epoch = NewType("Epoch", int)
+"""A counter that each start of a leader raises. 0: no leader has been seen."""
+
+History = NewType("History", str)
+"""The random 128-bit ID of one sequence of changes, as 32 lower-case hexadecimal digits."""
+
+Chain = NewType("Chain", bytes)
+"""The 128-bit hash over a whole sequence of changes up to one revision, 16 bytes."""
+
+ORIGIN: Final = Revision(0)
+GENESIS: Final = Chain(bytes(16))  # the chain at revision 0, the same in every history
+
+KEY_BYTES_MAX: Final = 1024  # fits an index page of the store four times, and any proxy's limit on a URL when encoded
+PAGE_BYTES: Final = 1 << 20  # amortises a round trip, stays small beside a follower's memory
+VALUE_BYTES_LIMIT: Final = 64 << 20  # the most that `--max-value` may be set to: a value is held in memory whole
+PAGE_BYTES_MAX: Final = PAGE_BYTES + VALUE_BYTES_LIMIT + (1 << 16)  # a page ends with the change that fills it
+
+
+class Role(StrEnum):
+    """What a node does: accept writes, or copy the node that does."""
+
+    LEADER = "leader"
+    FOLLOWER = "follower"
+
+
+class State(StrEnum):
+    """Where a node is in its life. Only `SERVING` is ready."""
+
+    STARTING = "starting"
+    SYNCING = "syncing"
+    SERVING = "serving"
+    DIVERGED = "diverged"
+    STOPPED = "stopped"
+
+
+class Change(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One write: a key and its new value, or its deletion (*value* is None).
+
+    *content_type* is what the writer named, None if nothing. *expires_at* is in seconds since the Unix epoch, None for
+    never.
+    """
+
+    revision: Revision
+    key: bytes
+    value: bytes | None
+    content_type: str | None = None
+    expires_at: int | None = None
+
+
+class Position(msgspec.Struct, frozen=True):
+    """A place in a history. Equal positions mean identical stores. *history* is None for a store that never had one."""
+
+    history: History | None = None
+    revision: Revision = ORIGIN
+    chain: Chain = GENESIS
+
+
+class Page(msgspec.Struct, frozen=True, array_like=True):
+    """A run of consecutive changes: revisions *after* + 1 and on, without gaps. *chain* is that of the last one."""
+
+    history: History
+    epoch: Epoch
+    after: Revision
+    chain: Chain
+    changes: tuple[Change, ...]
+
+    @property
+    def end(self) -> Position:
+        """The position of a store that has applied this page."""
+        return Position(self.history, Revision(self.after + len(self.changes)), self.chain)
+
+
+class NodePosition(msgspec.Struct, frozen=True):
+    """The answer to `GET /position`. *chain* is in hexadecimal; *history* is null for a store that never had one."""
+
+    node: str
+    role: Role
+    state: State
+    epoch: Epoch
+    history: History | None
+    revision: Revision
+    chain: str
+
+
+class FollowerStatus(msgspec.Struct, frozen=True):
+    """What a node knows of one that pulls from it: what it holds durably, and how long ago it said so."""
+
+    node: str
+    revision: Revision
+    lag_revisions: int
+    seen_seconds_ago: float
+
+
+class LeaderStatus(msgspec.Struct, frozen=True):
+    """What a follower knows of its leader. Null: never heard from since this process started."""
+
+    url: str
+    revision: Revision | None
+    lag_revisions: int | None
+    heard_seconds_ago: float | None
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """Everything that `GET /status` tells with `Accept: application/json`.
+
+    *reason* says why the node is not ready; *leader* is null on the leader; *followers* lists who pulls from this node.
+    """
+
+    node: str
+    role: Role
+    state: State
+    ready: bool
+    reason: str | None
+    history: History | None
+    epoch: Epoch
+    revision: Revision
+    chain: str
+    floor: Revision
+    keys: int
+    queue_bytes: int
+    leader: LeaderStatus | None
+    followers: tuple[FollowerStatus, ...]
+    uptime_seconds: float
+    version: str
+
+
+_page_decoder = msgspec.msgpack.Decoder(Page)
+_page_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_page(page: Page) -> bytes:
+    """Return *page* as msgpack: `[history, epoch, after, chain, [[revision, key, value, content_type, expires_at]…]]`."""
+    return _page_encoder.encode(page)
+
+
+def decode_page(data: bytes) -> Page:
+    """Return the page in *data*. Raises `PeerAnswerInvalid` for anything but one whole page."""
+    try:
+        return _page_decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PeerAnswerInvalid(f"not a page: {error}") from error
+
+
+def checked_key(key: bytes) -> bytes:
+    """Return *key* if it is one: 1 to 1024 bytes of UTF-8 without NUL. Raises `BadKey`."""
+    if not key:
+        raise BadKey("the key is empty: name one after the route, as in /get/KEY")
+    if len(key) > KEY_BYTES_MAX:
+        raise BadKey(f"the key has {len(key)} bytes: use at most {KEY_BYTES_MAX}")
+    if b"\0" in key:
+        raise BadKey("the key holds a NUL byte: leave it out")
+    if not key.isascii():
+        try:
+            key.decode()
+        except UnicodeDecodeError as error:
+            raise BadKey(f"the key is not UTF-8 at byte {error.start}: percent-encode its UTF-8 bytes") from error
+    return key

@@ -1,0 +1,84 @@
+"""Who leads, where the leader is, and at which epoch: from the host name alone.
+
+Everything else asks a `Leadership`, so that an election can take the place of `OrdinalLeadership` without touching the
+store, the API or the replication. This module opens no connection and no file.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from mehdb.model import Epoch, Role
+from mehdb.settings import LOCAL_LEADER_URL, ORDINAL, Settings
+
+
+class Leadership(Protocol):
+    """What a node must know about who leads."""
+
+    @property
+    def role(self) -> Role:
+        """This node's role."""
+        ...
+
+    @property
+    def leader_url(self) -> str | None:
+        """The leader's base URL as nodes reach it; None on the leader itself."""
+        ...
+
+    @property
+    def redirect_url(self) -> str | None:
+        """The leader's base URL as clients reach it; None on the leader itself."""
+        ...
+
+    def next_epoch(self, seen: Epoch) -> Epoch:
+        """Return the epoch at which this node starts to lead, when *seen* is the highest that its store knows."""
+        ...
+
+
+@dataclass(frozen=True)
+class OrdinalLeadership:
+    """One ordinal leads, for good: the StatefulSet guarantees at most one pod of each."""
+
+    role: Role
+    leader_url: str | None = None
+    redirect_url: str | None = None
+
+    def next_epoch(self, seen: Epoch) -> Epoch:
+        """Each start of the leader is a new epoch: it fences what an earlier process of the same pod may still send."""
+        return Epoch(seen + 1)
+
+
+def assign(settings: Settings) -> OrdinalLeadership:
+    """Return the role that *settings* give this node. A host name without an ordinal is a single leader."""
+    if settings.ordinal == settings.leader_ordinal or (settings.ordinal is None and not settings.local):
+        return OrdinalLeadership(Role.LEADER)
+    leader_url = _leader_url(settings)
+    redirect_url = (settings.advertise_url or leader_url).replace("{ordinal}", str(settings.leader_ordinal))
+    return OrdinalLeadership(Role.FOLLOWER, leader_url, redirect_url)
+
+
+def _leader_url(settings: Settings) -> str:
+    if settings.local:
+        return LOCAL_LEADER_URL
+    if settings.peers:
+        return settings.peers[settings.leader_ordinal]
+    return pod_url(settings, settings.leader_ordinal)
+
+
+def pod_url(settings: Settings, ordinal: int) -> str:
+    """Return the base URL of the pod with *ordinal* in this pod's StatefulSet.
+
+    The name is the pod's own with another ordinal: `mehdb-1.mehdb.NS.svc.cluster.local` → `mehdb-0.mehdb.NS.svc…`.
+    `MEHDB_SERVICE` and `MEHDB_NAMESPACE` replace its second and third label.
+    """
+    match = ORDINAL.fullmatch(settings.host)
+    assert match, "settings are refused when a pod has no ordinal"  # noqa: S101  our own invariant
+    service, namespace, *domain = _labels(settings.fqdn or "")
+    labels = [f"{match['name']}-{ordinal}", settings.service or service, settings.namespace or namespace, *domain]
+    return f"http://{'.'.join(labels)}:{settings.port}"
+
+
+def _labels(fqdn: str) -> list[str]:
+    """Return Service, namespace and domain of a pod's DNS name, empty where it does not tell them."""
+    labels = fqdn.split(".")[1:]
+    # A pod's resolver appends the cluster's domain, so `svc` is enough where the pod does not know more.
+    return labels if len(labels) > 1 else ["", "", "svc"]

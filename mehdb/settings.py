@@ -1,0 +1,263 @@
+"""Everything that can be set, parsed once into one frozen object.
+
+Only this module reads `os.environ`. A flag beats the environment, which beats the default. All problems are reported
+together, before anything is opened. The variables of the Go mehdb (`MEHDB_HOST`, `MEHDB_PORT`, `MEHDB_DATADIR`,
+`MEHDB_NAMESPACE`, `MEHDB_LOCAL`) keep their meaning.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from mehdb.errors import SettingsError
+from mehdb.model import PAGE_BYTES, VALUE_BYTES_LIMIT
+
+ORDINAL = re.compile(r"(?P<name>.+)-(?P<ordinal>0|[1-9][0-9]{0,8})")  # the host name that a StatefulSet gives a pod
+LOCAL_LEADER_URL: Final = "http://localhost:9999"  # where the Go mehdb looked for the leader under MEHDB_LOCAL
+HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+SIZE_UNITS: Final = {"": 1, "b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9} | {
+    "ki": 1 << 10, "kib": 1 << 10, "mi": 1 << 20, "mib": 1 << 20, "gi": 1 << 30, "gib": 1 << 30
+}  # fmt: skip
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+def _text(pattern: re.Pattern[str], what: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not pattern.fullmatch(text):
+            raise ValueError(f"is no {what}")
+        return text
+
+    return parse
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and least <= int(text[:12]) <= most):
+            raise ValueError(f"must be a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def _seconds(least: float, most: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text.removesuffix("s"))
+        except ValueError:
+            value = -1
+        if not least <= value <= most:
+            raise ValueError(f"must be a number of seconds from {least:g} to {most:g}")
+        return value
+
+    return parse
+
+
+def _size(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        match = re.fullmatch(r"([0-9]{1,15}) ?([A-Za-z]{0,3})", text)
+        unit = SIZE_UNITS.get(match[2].lower()) if match else None
+        if match is None or unit is None or not least <= int(match[1]) * unit <= most:
+            raise ValueError(f"must be a size from {least} to {most} bytes, such as 1048576, 512KiB or 8MiB")
+        return int(match[1]) * unit
+
+    return parse
+
+
+def _base_url(text: str) -> str:
+    parts = urlsplit(text)
+    try:
+        fine = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is no number
+        fine = False
+    if not fine or parts.username or parts.path.strip("/") or parts.query or parts.fragment or re.search(r"\s", text):
+        raise ValueError(f"{text!r} must be a base URL such as http://mehdb-0.example:9876")
+    return text.rstrip("/")
+
+
+def _base_urls(text: str) -> tuple[str, ...]:
+    return tuple(_base_url(url.strip()) for url in text.split(","))
+
+
+def _advertise_url(text: str) -> str:
+    _base_url(text.replace("{ordinal}", "0"))
+    return text.rstrip("/")
+
+
+def _switch(text: str) -> bool:
+    return text.lower() not in ("0", "false", "no", "off")
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return text.lower()
+
+    return parse
+
+
+def _setting(variable: str, parse: Callable[[str], Any], default: str | None, help_: str, shown: str = "") -> Any:
+    """Declare a setting. *default* is parsed like any other text; *shown* is how `--help` names a computed default."""
+    return field(metadata={"variable": variable, "parse": parse, "default": default, "help": help_, "shown": shown})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What one node runs with. Times are in seconds, sizes in bytes."""
+
+    host: str = _setting(
+        "MEHDB_HOST", _text(HOST_NAME, "host name"), None,
+        "This node's name, NAME-ORDINAL: the ordinal decides the role.", "the host name",
+    )  # fmt: skip
+    port: int = _setting("MEHDB_PORT", _whole(1, 65535), "9876", "The TCP port of every node.")
+    listen: str = _setting(
+        "MEHDB_LISTEN", _text(re.compile(r"[0-9A-Za-z.:%-]+"), "address"), "0.0.0.0",  # noqa: S104  a pod's port is its API
+        "The address to listen on.",
+    )  # fmt: skip
+    data_dir: Path = _setting("MEHDB_DATADIR", Path, "data", "The directory that holds the store: this node's volume.")
+    peers: tuple[str, ...] = _setting(
+        "MEHDB_PEERS", _base_urls, None,
+        "Outside Kubernetes: the base URLs of the nodes, by ordinal, with commas between.", "none",
+    )  # fmt: skip
+    namespace: str | None = _setting(
+        "MEHDB_NAMESPACE", _text(DNS_LABEL, "namespace"), None,
+        "Inside Kubernetes: the namespace of the StatefulSet.", "from the pod's DNS name",
+    )  # fmt: skip
+    service: str | None = _setting(
+        "MEHDB_SERVICE", _text(DNS_LABEL, "Service name"), None,
+        "Inside Kubernetes: the governing Service.", "from the pod's DNS name",
+    )  # fmt: skip
+    local: bool = _setting(
+        "MEHDB_LOCAL", _switch, None, f"Follow a leader at {LOCAL_LEADER_URL}, as the Go mehdb did.", "off"
+    )
+    leader_ordinal: int = _setting(
+        "MEHDB_LEADER_ORDINAL", _whole(0, 999_999_999), "0", "The ordinal that leads (`.spec.ordinals.start`)."
+    )
+    advertise_url: str | None = _setting(
+        "MEHDB_ADVERTISE_URL", _advertise_url, None,
+        "The base URL in redirects, for clients elsewhere; {ordinal} stands for the leader's.", "as nodes see it",
+    )  # fmt: skip
+    max_value: int = _setting("MEHDB_MAX_VALUE", _size(1, VALUE_BYTES_LIMIT), "8MiB", "The largest value taken.")
+    queue_size: int = _setting(
+        "MEHDB_QUEUE_SIZE", _size(PAGE_BYTES, 1 << 34), "64MiB", "How many bytes may wait to be written, before a 503."
+    )
+    body_timeout: float = _setting(
+        "MEHDB_BODY_TIMEOUT", _seconds(0.1, 3600), "30", "How long a request's body may stall, before a 408."
+    )
+    keepalive_timeout: float = _setting(
+        "MEHDB_KEEPALIVE_TIMEOUT", _seconds(1, 3600), "75", "How long an idle connection is kept open."
+    )
+    stop_timeout: float = _setting(
+        "MEHDB_STOP_TIMEOUT", _seconds(0.1, 3600), "10",
+        "How long a stop waits for requests under way; set the pod's grace period well above it.",
+    )  # fmt: skip
+    log_level: str = _setting("MEHDB_LOG_LEVEL", _choice(*LOG_LEVELS), "info", f"One of {', '.join(LOG_LEVELS)}.")
+    fqdn: str | None = None
+    """The pod's own DNS name; None outside Kubernetes. Found, not set."""
+
+    @property
+    def in_kubernetes(self) -> bool:
+        """Whether this process runs in a pod."""
+        return self.fqdn is not None
+
+    @property
+    def ordinal(self) -> int | None:
+        """The number at the end of the host name, None if there is none."""
+        match = ORDINAL.fullmatch(self.host)
+        return int(match["ordinal"]) if match else None
+
+
+SETTINGS: Final = tuple(one for one in fields(Settings) if one.metadata)
+
+
+def flag(name: str) -> str:
+    """Return the flag of the setting *name*: `data_dir` → `--data-dir`."""
+    return "--" + name.replace("_", "-")
+
+
+def load(
+    flags: Mapping[str, str | None],
+    environ: Mapping[str, str] = os.environ,
+    *,
+    find_host_name: Callable[[], str] = socket.gethostname,
+    find_fqdn: Callable[[str], str] = socket.getfqdn,
+) -> Settings:
+    """Return the settings from *flags* (by field name; None: not given), the environment and this host's names.
+
+    Raises `SettingsError` with every problem at once.
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for setting in SETTINGS:
+        source, text = _source(setting, flags.get(setting.name), environ)
+        try:
+            values[setting.name] = None if text is None else setting.metadata["parse"](text)
+        except ValueError as error:
+            problems.append(f"{source}: {text!r} {error}")
+    if problems:
+        # What is missing may be what could not be read, so relations are judged only between values that were.
+        raise SettingsError(problems)
+    values["host"] = values["host"] or find_host_name()
+    values["peers"] = values["peers"] or ()
+    values["local"] = bool(values["local"])
+    if environ.get("KUBERNETES_SERVICE_HOST"):  # the kubelet sets it in every container
+        values["fqdn"] = find_fqdn(values["host"])
+    settings = Settings(**values)
+    if problems := _relations(settings):
+        raise SettingsError(problems)
+    return settings
+
+
+def _source(setting: Field[Any], given: str | None, environ: Mapping[str, str]) -> tuple[str, str | None]:
+    """Return where the text of *setting* comes from, by the name its user knows, and the text."""
+    if given is not None:
+        return flag(setting.name), given
+    variable = setting.metadata["variable"]
+    text = environ.get(variable)
+    if text and not (variable == "MEHDB_PORT" and text.startswith("tcp://")):
+        # A Service called mehdb makes the kubelet set MEHDB_PORT=tcp://ADDRESS:PORT in every pod of the namespace.
+        return variable, text
+    return "default", setting.metadata["default"]
+
+
+def _relations(settings: Settings) -> list[str]:
+    """Return what is wrong between settings that are each fine."""
+    problems = []
+    if settings.queue_size < settings.max_value:
+        problems.append(
+            f"--queue-size: {settings.queue_size} bytes cannot hold one value of --max-value {settings.max_value}"
+        )
+    if settings.in_kubernetes and settings.ordinal is None:
+        problems.append(
+            f"--host: {settings.host!r} has no ordinal: run me as a StatefulSet, whose pods are called NAME-ORDINAL"
+        )
+    elif settings.ordinal not in (None, settings.leader_ordinal) and not settings.local:
+        problems += _missing_leader(settings)
+    return problems
+
+
+def _missing_leader(settings: Settings) -> list[str]:
+    """Return why a follower with these settings cannot know where its leader is."""
+    if settings.peers:
+        if len(settings.peers) > settings.leader_ordinal:
+            return []
+        return [
+            f"--peers: lists {len(settings.peers)} URLs, so the leader's (ordinal {settings.leader_ordinal}) is missing"
+        ]
+    if settings.fqdn is None:
+        return [
+            f"--peers: missing: {settings.host!r} has ordinal {settings.ordinal}, so this node follows ordinal "
+            f"{settings.leader_ordinal}; say where that is, or set --host to a name without an ordinal for a single node"
+        ]
+    if settings.fqdn.count(".") < 2 and not (settings.service and settings.namespace):  # noqa: PLR2004  NAME.SERVICE.NAMESPACE
+        return [
+            f"--service, --namespace: missing, and the pod's DNS name {settings.fqdn!r} does not tell them: "
+            "is the StatefulSet's serviceName a headless Service?"
+        ]
+    return []

@@ -1,0 +1,40 @@
+"""One process per data directory: two on one volume would each believe to be the only writer."""
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mehdb.errors import DirectoryInUse
+
+
+class DirectoryLock:
+    """An exclusive `flock` on DIRECTORY/lock, held until `release`. The kernel drops it when the process dies."""
+
+    def __init__(self, directory: Path) -> None:
+        """Take the lock. Raises `DirectoryInUse`, naming the process that holds it."""
+        # Opened without truncating: the file names its holder until the lock is ours.
+        self._fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._fd)
+            raise DirectoryInUse(
+                f"{directory} is in use by process {holder}: stop that one, or give this node a --data-dir of its own"
+            ) from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let the next process have the directory."""
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

@@ -1,0 +1,152 @@
+"""What a batch of writes or a page does to the tables, each in one transaction.
+
+The invariant it owns: `meta`, `entry` and `change` move together, and `Log.meta` is what the last COMMIT made durable.
+Only the writer thread uses it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import apsw
+
+from mehdb.errors import Diverged, KeyNotFound, MehdbError, PeerAnswerInvalid, StaleEpoch
+from mehdb.model import Change, Epoch, History, Page, Revision
+from mehdb.store.schema import Meta, read_meta
+from mehdb.store.seal import seal
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """A request to the leader's store: set *key* to *value*, or delete it (*value* is None)."""
+
+    key: bytes
+    value: bytes | None
+    content_type: str | None = None
+
+
+Outcome = Revision | MehdbError
+"""What became of one write: the revision it was given, or why it changed nothing."""
+
+
+def decide(writes: Iterable[Write], live: set[bytes], head: Revision) -> tuple[list[Outcome], list[Change]]:
+    """Give each write its outcome, in order, and return the changes that they make after *head*.
+
+    *live* are the keys among those written that are live before the first write. It is updated.
+    """
+    outcomes: list[Outcome] = []
+    changes: list[Change] = []
+    for write in writes:
+        if write.value is not None:
+            live.add(write.key)
+        elif write.key in live:
+            live.remove(write.key)
+        else:
+            outcomes.append(KeyNotFound("no such key: nothing was deleted"))
+            continue
+        head = Revision(head + 1)
+        changes.append(Change(head, write.key, write.value, write.content_type))
+        outcomes.append(head)
+    return outcomes, changes
+
+
+class Log:
+    """The tables, for the one thread that changes them."""
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        self._connection = connection
+        self.meta = read_meta(connection)
+
+    def write(self, writes: Sequence[Write]) -> list[Outcome]:
+        """Commit *writes* in one transaction and return an outcome for each, in order."""
+        with self._transaction():
+            live = self._live(write.key for write in writes)
+            before = len(live)
+            outcomes, changes = decide(writes, live, self.meta.head)
+            meta = self._append(changes, replace(self.meta, keys=self.meta.keys - before + len(live)))
+        self.meta = meta
+        return outcomes
+
+    def apply(self, page: Page) -> None:
+        """Commit a leader's *page* in one transaction, if it continues this store exactly; else change nothing.
+
+        Raises `StaleEpoch`, `Diverged` (another history or chain) and `PeerAnswerInvalid` (not contiguous).
+        """
+        adopted = self._continued_by(page)
+        with self._transaction():
+            newest = {change.key: change.value for change in page.changes}
+            gone, come = len(self._live(newest)), sum(value is not None for value in newest.values())
+            meta = self._append(page.changes, replace(adopted, keys=adopted.keys - gone + come))
+            if meta.chain != page.chain:
+                raise Diverged(f"the leader's chain at revision {meta.head} is another: the changes before it differ")
+        self.meta = meta
+
+    def adopt(self, history: History, epoch: Epoch) -> None:
+        """Take *history* into an empty store and *epoch* into any. Raises `StaleEpoch` and `Diverged`."""
+        meta = self._adopted(history, epoch)
+        if meta != self.meta:
+            with self._transaction():
+                self._save(meta)
+            self.meta = meta
+
+    def _adopted(self, history: History, epoch: Epoch) -> Meta:
+        if epoch < self.meta.epoch:
+            raise StaleEpoch(f"epoch {epoch} is over: this store has seen {self.meta.epoch}")
+        if self.meta.history not in (None, history):
+            raise Diverged(f"history {history} is another than this store's {self.meta.history}")
+        return replace(self.meta, history=history, epoch=epoch)
+
+    def _continued_by(self, page: Page) -> Meta:
+        """Return `meta` with the page's history and epoch, if *page* starts at the head and has no gaps."""
+        meta = self._adopted(page.history, page.epoch)
+        expected = range(meta.head + 1, meta.head + 1 + len(page.changes))
+        if page.after != meta.head or any(
+            change.revision != n for change, n in zip(page.changes, expected, strict=True)
+        ):
+            raise PeerAnswerInvalid(f"the page after revision {page.after} does not continue revision {meta.head}")
+        return meta
+
+    def _append(self, changes: Sequence[Change], meta: Meta) -> Meta:
+        """Write *changes* and *meta* with its head moved to the last of them. Return that."""
+        rows, chain = [], meta.chain
+        for change in changes:
+            crc, chain = seal(chain, change)
+            rows.append((*_columns(change), crc, chain))
+        newest = {change.key: change for change in changes}
+        execute = self._connection.executemany
+        execute("INSERT INTO change VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        execute(
+            "INSERT INTO entry VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET revision = excluded.revision",
+            [(change.key, change.revision) for change in newest.values() if change.value is not None],
+        )
+        execute("DELETE FROM entry WHERE key = ?", [(c.key,) for c in newest.values() if c.value is None])
+        meta = replace(meta, head=Revision(meta.head + len(rows)), chain=chain)
+        self._save(meta)
+        return meta
+
+    def _live(self, keys: Iterable[bytes]) -> set[bytes]:
+        """Return those of *keys* that are live."""
+        wanted = apsw.carray(tuple(keys))
+        return {key for (key,) in self._connection.execute("SELECT key FROM entry WHERE key IN carray(?)", (wanted,))}
+
+    def _save(self, meta: Meta) -> None:
+        self._connection.execute(
+            "UPDATE meta SET history = ?, epoch = ?, head = ?, chain = ?, floor = ?, keys = ?",
+            (meta.history, meta.epoch, meta.head, meta.chain, meta.floor, meta.keys),
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Commit what the block did, or nothing of it."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+
+def _columns(change: Change) -> tuple[int, bytes, bytes | None, str | None, int | None]:
+    return change.revision, change.key, change.value, change.content_type, change.expires_at

@@ -1,0 +1,90 @@
+"""Reads: point reads, listings and pages, on a read-only connection that one thread uses at a time.
+
+The invariant it owns (promise 5): nothing leaves here whose CRC does not match. SQLite shows a commit only after its
+sync (promise 2).
+"""
+
+from pathlib import Path
+from typing import Final, cast
+
+from mehdb.errors import Compacted, DamagedRow
+from mehdb.model import GENESIS, ORIGIN, Chain, Change, Page, Revision
+from mehdb.store.schema import Meta, open_reader
+from mehdb.store.seal import crc
+
+# A sub-select, not a join: SQLite runs it with half the instructions, and it is the hottest statement of all.
+GET: Final = """
+    SELECT revision, key, value, content_type, expires_at, crc FROM change
+    WHERE revision = (SELECT revision FROM entry WHERE key = ?)"""
+KEYS: Final = "SELECT key FROM entry WHERE key > ? AND key >= ? AND key < ? ORDER BY key LIMIT ?"
+CHAIN: Final = "SELECT chain FROM change WHERE revision = ?"
+CHANGES: Final = """
+    SELECT revision, key, value, content_type, expires_at, crc, chain FROM change
+    WHERE revision > ? AND revision <= ? ORDER BY revision"""
+AFTER_UTF8: Final = b"\xff"  # greater than any byte of UTF-8, so that PREFIX + this ends the keys with a prefix
+CHANGE_OVERHEAD_BYTES: Final = 32  # about what a change occupies in a page beside its key and value
+
+
+class Reader:
+    """Reads of the store in one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._connection = open_reader(directory)
+        self._cursor = self._connection.cursor()
+
+    def get(self, key: bytes) -> Change | None:
+        """Return the change that *key* is live with, None if it is not live. Raises `DamagedRow`."""
+        row = self._cursor.execute(GET, (key,)).fetchone()
+        if row is None:
+            return None
+        *columns, expected_crc = row
+        change = Change(*columns)
+        if change.key != key or crc(change) != expected_crc:
+            raise _damaged(change)
+        return change
+
+    def keys(self, prefix: bytes, after: bytes, limit: int) -> list[bytes]:
+        """Return the live keys that start with *prefix* and sort after *after*, in byte order, at most *limit*."""
+        rows = self._connection.execute(KEYS, (after, prefix, prefix + AFTER_UTF8, limit))
+        return [key for (key,) in rows]
+
+    def chain(self, revision: Revision) -> Chain:
+        """Return the chain at *revision*. Raises `Compacted` if its change is gone."""
+        if revision == ORIGIN:
+            return GENESIS
+        row = self._connection.execute(CHAIN, (revision,)).fetchone()
+        if row is None:
+            raise Compacted(f"the change of revision {revision} has been compacted away")
+        return Chain(cast("bytes", row[0]))
+
+    def page(self, after: Revision, meta: Meta, bytes_max: int) -> Page | None:
+        """Return the changes after *after*, up to the head of *meta*, about *bytes_max* of them; None at the head.
+
+        Raises `DamagedRow`, and `Compacted` if one of them is gone.
+        """
+        changes: list[Change] = []
+        size_bytes, chain = 0, GENESIS
+        for row in self._connection.execute(CHANGES, (after, meta.head)):
+            *columns, expected_crc, chain = row
+            change = Change(*columns)
+            if change.revision != after + len(changes) + 1:
+                raise Compacted(f"the change of revision {after + len(changes) + 1} has been compacted away")
+            if crc(change) != expected_crc:
+                raise _damaged(change)
+            changes.append(change)
+            size_bytes += len(change.key) + len(change.value or b"") + CHANGE_OVERHEAD_BYTES
+            if size_bytes >= bytes_max:
+                break
+        if not changes:
+            return None
+        assert meta.history is not None, "a store with changes has a history"  # noqa: S101  the schema's invariant
+        return Page(meta.history, meta.epoch, after, chain, tuple(changes))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+
+def _damaged(change: Change) -> DamagedRow:
+    # The key may be what is damaged, so the revision names the row.
+    return DamagedRow(f"the change of revision {change.revision} is damaged on this node's disk: read another node")

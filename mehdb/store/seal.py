@@ -1,0 +1,42 @@
+"""The seals on a change: a CRC that shows damage to its row, and a chain that shows any difference before it.
+
+SQLite has no page checksums, so that a flipped bit in a value passes its `integrity_check`. Pure functions.
+"""
+
+import hashlib
+import struct
+import zlib
+
+from mehdb.model import Chain, Change
+
+_HEAD = struct.Struct(
+    "<QIiqq"
+)  # revision, bytes of key, of content type (-1: none), of value (-1: deleted), expires_at
+CHAIN_BYTES = 16
+
+
+def _preamble(change: Change) -> bytes:
+    """Return all of *change* but its value, with lengths in front, so that no two changes are encoded alike."""
+    content_type = None if change.content_type is None else change.content_type.encode()
+    head = _HEAD.pack(
+        change.revision,
+        len(change.key),
+        -1 if content_type is None else len(content_type),
+        -1 if change.value is None else len(change.value),
+        -1 if change.expires_at is None else change.expires_at,
+    )
+    return head + change.key + (content_type or b"")
+
+
+def seal(previous: Chain, change: Change) -> tuple[int, Chain]:
+    """Return the CRC of *change*, and the chain at it when *previous* is the chain at the change before."""
+    preamble, value = _preamble(change), change.value or b""
+    digest = hashlib.blake2b(previous, digest_size=CHAIN_BYTES)
+    digest.update(preamble)
+    digest.update(value)
+    return zlib.crc32(value, zlib.crc32(preamble)), Chain(digest.digest())
+
+
+def crc(change: Change) -> int:
+    """Return the CRC of *change*: 32 bits over everything that its row says."""
+    return zlib.crc32(change.value or b"", zlib.crc32(_preamble(change)))
