@@ -9,7 +9,8 @@
     │   ├── ValueTooLarge                                  413
     │   └── ExpectationFailed                              417
     ├── NotNow              nobody's fault: the same request may succeed later
-    │   └── QueueFull, NotSynced, Stopping                 503
+    │   ├── QueueFull, NotSynced, Stopping                 503
+    │   └── NotReady                                       500 (what `/status?level=full` has always answered)
     ├── PositionError       two nodes' positions do not fit together
     │   ├── Diverged                                       409
     │   └── Compacted                                      410
@@ -133,6 +134,13 @@ class Stopping(NotNow):
     """The node is stopping and takes no new writes."""
 
     code = "stopping"
+
+
+class NotReady(NotNow):
+    """The node is not ready. The Go mehdb answered 500 here, and probes of its manifest count on it."""
+
+    code = "not_ready"
+    status = 500
 
 
 class PositionError(MehdbError):

@@ -5,7 +5,7 @@ forms are fixed by the field order and names below, so a field is only ever adde
 """
 
 from enum import StrEnum
-from typing import Final, NewType
+from typing import Annotated, Final, NewType
 
 import msgspec
 
@@ -29,6 +29,7 @@ GENESIS: Final = Chain(bytes(16))  # the chain at revision 0, the same in every 
 KEY_BYTES_MAX: Final = 1024  # fits an index page of the store four times, and any proxy's limit on a URL when encoded
 PAGE_BYTES: Final = 1 << 20  # amortises a round trip, stays small beside a follower's memory
 VALUE_BYTES_LIMIT: Final = 64 << 20  # the most that `--max-value` may be set to: a value is held in memory whole
+_STORABLE: Final = msgspec.Meta(ge=0, le=2**63 - 1)  # what a column holds: other numbers are the sender's fault
 PAGE_BYTES_MAX: Final = PAGE_BYTES + VALUE_BYTES_LIMIT + (1 << 16)  # a page ends with the change that fills it
 
 
@@ -56,11 +57,11 @@ class Change(msgspec.Struct, frozen=True, array_like=True, gc=False):
     never.
     """
 
-    revision: Revision
+    revision: Annotated[Revision, _STORABLE]
     key: bytes
     value: bytes | None
     content_type: str | None = None
-    expires_at: int | None = None
+    expires_at: Annotated[int, _STORABLE] | None = None
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -75,8 +76,8 @@ class Page(msgspec.Struct, frozen=True, array_like=True):
     """A run of consecutive changes: revisions *after* + 1 and on, without gaps. *chain* is that of the last one."""
 
     history: History
-    epoch: Epoch
-    after: Revision
+    epoch: Annotated[Epoch, _STORABLE]
+    after: Annotated[Revision, _STORABLE]
     chain: Chain
     changes: tuple[Change, ...]
 
@@ -141,11 +142,12 @@ class NodeStatus(msgspec.Struct, frozen=True):
 
 
 _page_decoder = msgspec.msgpack.Decoder(Page)
+_status_decoder = msgspec.json.Decoder(NodeStatus)
 _page_encoder = msgspec.msgpack.Encoder()
 
 
 def encode_page(page: Page) -> bytes:
-    """Return *page* as msgpack: `[history, epoch, after, chain, [[revision, key, value, content_type, expires_at]…]]`."""
+    """Return *page* in msgpack: nested arrays, with the fields of `Page` and `Change` in their order."""
     return _page_encoder.encode(page)
 
 
@@ -153,8 +155,16 @@ def decode_page(data: bytes) -> Page:
     """Return the page in *data*. Raises `PeerAnswerInvalid` for anything but one whole page."""
     try:
         return _page_decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PeerAnswerInvalid(f"not a page: {error}") from error
+
+
+def decode_status(data: bytes) -> NodeStatus:
+    """Return the status in *data*, JSON. Raises `PeerAnswerInvalid` for anything else."""
+    try:
+        return _status_decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PeerAnswerInvalid(f"not a node's status: {error}") from error
 
 
 def checked_key(key: bytes) -> bytes:

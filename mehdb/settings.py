@@ -248,14 +248,14 @@ def _missing_leader(settings: Settings) -> list[str]:
         if len(settings.peers) > settings.leader_ordinal:
             return []
         return [
-            f"--peers: lists {len(settings.peers)} URLs, so the leader's (ordinal {settings.leader_ordinal}) is missing"
+            f"--peers: ordinal {settings.leader_ordinal} leads, but there are only {len(settings.peers)} URLs: add the leader's"
         ]
     if settings.fqdn is None:
         return [
             f"--peers: missing: {settings.host!r} has ordinal {settings.ordinal}, so this node follows ordinal "
-            f"{settings.leader_ordinal}; say where that is, or set --host to a name without an ordinal for a single node"
+            f"{settings.leader_ordinal}; say where that is, or give a single node a --host without one"
         ]
-    if settings.fqdn.count(".") < 2 and not (settings.service and settings.namespace):  # noqa: PLR2004  NAME.SERVICE.NAMESPACE
+    if settings.fqdn.count(".") < 2 and not (settings.service and settings.namespace):  # NAME.SERVICE.NAMESPACE
         return [
             f"--service, --namespace: missing, and the pod's DNS name {settings.fqdn!r} does not tell them: "
             "is the StatefulSet's serviceName a headless Service?"

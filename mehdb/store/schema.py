@@ -47,7 +47,7 @@ CREATE TABLE meta (
 INSERT INTO meta VALUES (1, NULL, 0, 0, zeroblob(16), 0, 0, {SCHEMA_VERSION});
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
-"""
+"""  # noqa: S608  our own constants
 WRITER_CACHE_KIB: Final = 32 << 10  # holds the inner pages of both trees and a batch's leaves at a million keys
 READER_CACHE_KIB: Final = 4 << 10  # inner pages; leaves come from the kernel's cache as quickly
 WAL_BYTES_KEPT: Final = 64 << 20  # a WAL that a long scan made larger is cut back to this
@@ -133,7 +133,7 @@ def _refuse_other_schema(connection: apsw.Connection, path: Path) -> None:
         raise UnknownSchema(f"{path} is not a mehdb store: move it away or choose another --data-dir")
     if version != SCHEMA_VERSION:
         raise UnknownSchema(
-            f"{path} has schema {version}, this mehdb knows {SCHEMA_VERSION}: run the mehdb that wrote it, or a newer one"
+            f"{path} has schema {version}, this mehdb knows {SCHEMA_VERSION}: run the one that wrote it, or a newer one"
         )
 
 

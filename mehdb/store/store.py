@@ -44,11 +44,11 @@ class Store:
         Raises `DirectoryInUse`, `UnsafeSqlite`, `UnknownSchema` and `StoreFailed`.
         """
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240  once, before anything is served
             lock = DirectoryLock(directory)
         except OSError as error:
             raise StoreFailed(
-                f"{directory} cannot be used: {error.strerror}. A volume needs `fsGroup` for a non-root process to write"
+                f"{directory} cannot be used: {error.strerror}. In a pod, `fsGroup` makes a volume writable"
             ) from error
         try:
             return cls(directory, lock, queue_bytes_max)

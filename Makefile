@@ -1,0 +1,41 @@
+# Two commands do it all: `make up` runs a cluster on this machine, `make test` runs the tests.
+
+PYTHON   ?= python3
+PORT     ?= 9876
+REPLICAS ?= 3
+DATA     ?= data
+
+.PHONY: up test check bench lock clean
+
+up: .venv/installed  ## Run a local cluster: PORT=9876 REPLICAS=3 DATA=data
+	@exec .venv/bin/mehdb local --replicas $(REPLICAS) --port $(PORT) --data-dir $(DATA)
+
+test: .venv/installed  ## Run all tests: TESTS="-k name" for some
+	.venv/bin/pytest $(TESTS)
+
+check: .venv/installed  ## Lint, format, types, layers
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench: .venv/installed  ## Measure, as ratios against a reference in the same run (needs wrk)
+	.venv/bin/python bench/run.py $(BENCH)
+
+lock: .venv/installed  ## Resolve the locked dependencies anew
+	.venv/bin/pip install --quiet uv
+	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--custom-compile-command "make lock" pyproject.toml -o requirements.lock
+	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--custom-compile-command "make lock" --extra dev pyproject.toml -o requirements-dev.lock
+
+clean:  ## Remove what was made here; volumes in data/ stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
+
+.venv/installed: pyproject.toml requirements-dev.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mehdb needs Python 3.11 or newer; name one with PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --require-hashes -r requirements-dev.lock
+	.venv/bin/pip install --quiet --no-deps -e .
+	@touch $@

@@ -1,0 +1,82 @@
+"""Load by wrk: as many requests as a server answers over a number of connections, and what came of them.
+
+wrk runs in one thread, on the core that this process is bound to. A round with a single bad answer is no figure.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+from cluster import BenchError, Server
+from dataset import VALUE_BYTES
+
+SCRIPT: Final = Path(__file__).parent / "random_keys.lua"
+GRACE_S: Final = 30.0  # wrk ends by itself; this only catches one that hangs
+INSTALL_WRK: Final = (
+    "wrk is not installed, and nothing can be measured without it: apt-get install wrk "
+    "(Debian, Ubuntu), dnf install wrk (Fedora), or brew install wrk"
+)
+
+
+class Round(msgspec.Struct, frozen=True):
+    """What wrk counted in one round. *broken*: connections that failed, broke off or timed out."""
+
+    answers: int
+    duration_us: int
+    bytes: int
+    bad_statuses: int
+    broken: int
+    p50_us: int
+    p99_us: int
+
+    @property
+    def per_second(self) -> float:
+        """Answers per second."""
+        return self.answers / self.duration_us * 1e6
+
+    def refuse_bad(self, what: str, least_bytes: int) -> None:
+        """Raise `BenchError` if any answer was an error, was lost, or was too short to hold *least_bytes*."""
+        if self.bad_statuses or self.broken:
+            raise BenchError(f"{what}: {self.bad_statuses} answers of status ≥ 400, {self.broken} connections broke")
+        if not self.answers or self.bytes < self.answers * least_bytes:
+            raise BenchError(f"{what}: {self.bytes} bytes in {self.answers} answers cannot be what was asked for")
+
+
+def wrk_path() -> str:
+    """Return where wrk is. Raises `BenchError` that says how to install it."""
+    path = shutil.which("wrk")
+    if path is None:
+        raise BenchError(INSTALL_WRK)
+    return path
+
+
+class Wrk:
+    """Runs wrk against servers, with other random keys in each round."""
+
+    def __init__(self, keys: int) -> None:
+        """Ask for keys 0 to *keys* - 1. Raises `BenchError` if wrk is missing."""
+        self._path = wrk_path()
+        self._keys = keys
+        self._seed = 0
+
+    def run(self, server: Server, method: Literal["GET", "PUT"], connections: int, duration_s: int) -> Round:
+        """Load *server* for *duration_s*. Raises `BenchError` if anything but good answers came."""
+        self._seed += 1
+        what = f"wrk: {method} on {server.name} over {connections} connections"
+        options = ["--threads=1", f"--connections={connections}", f"--duration={duration_s}s", "--latency"]
+        arguments = [f"--script={SCRIPT}", server.url, "--", method, str(self._keys), str(self._seed)]
+        try:
+            result = subprocess.run(
+                [self._path, *options, *arguments],
+                capture_output=True, text=True, timeout=duration_s + GRACE_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise BenchError(f"{what}: did not end") from error
+        _, _, line = result.stdout.partition("\nRESULT ")
+        if result.returncode or not line:
+            raise BenchError(f"{what}: status {result.returncode}\n{result.stdout}{result.stderr}")
+        measured = msgspec.json.decode(line, type=Round)
+        measured.refuse_bad(what, VALUE_BYTES if method == "GET" else len("WRITE completed"))
+        return measured

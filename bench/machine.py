@@ -1,0 +1,89 @@
+"""What the benchmark runs on: which core does what, how fast the disk syncs, what a process occupies.
+
+Reads /proc: Linux only.
+"""
+
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, Self
+
+MIB: Final = 1 << 20
+SYNC_SAMPLES: Final = 50
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Which core the measured server has, which the load, and which a second node. Equal where there are too few."""
+
+    server: int
+    load: int
+    second: int
+
+    @classmethod
+    def choose(cls) -> Self:
+        """Choose among the cores that this process may use."""
+        usable = sorted(os.sched_getaffinity(0))
+        load, server, *more = usable if len(usable) > 1 else usable * 2
+        return cls(server, load, more[0] if more else load)
+
+    @property
+    def note(self) -> str:
+        """Who shares a core with whom, in words."""
+        if self.server == self.load:
+            return f"ONE core ({self.server}) for server and load alike: ratios are flattered, absolute figures halved"
+        second = "that of the load" if self.second == self.load else f"core {self.second}"
+        return f"server on core {self.server}, load on core {self.load}, a second node on {second}"
+
+
+def pin(pid: int, core: int) -> None:
+    """Bind all present threads of process *pid* to *core*; threads and processes that they start inherit it."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), {core})
+
+
+def peak_memory_bytes(pid: int) -> int:
+    """Return the most that process *pid* has ever had resident: the kernel's own maximum of VmRSS, no sampling."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    raise ProcessLookupError(f"process {pid} has ended: its memory can no longer be read")
+
+
+def sync_s(directory: Path) -> float:
+    """Return how long writing 4 KiB and syncing it takes in *directory*: the least that one durable write waits."""
+    durations = []
+    with tempfile.TemporaryFile(dir=directory) as file:
+        for _ in range(SYNC_SAMPLES):
+            start = time.perf_counter()
+            os.pwrite(file.fileno(), bytes(4096), 0)
+            os.fdatasync(file.fileno())
+            durations.append(time.perf_counter() - start)
+    return statistics.median(durations)
+
+
+def describe(directory: Path, cores: Cores) -> dict[str, str]:
+    """Return what a reader of the results must know of this machine."""
+    file_system = subprocess.run(
+        ["stat", "--file-system", "--format=%T", str(directory)], capture_output=True, text=True, check=True
+    )
+    packages = ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "uvloop", "apsw"))
+    return {
+        "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} usable of {os.cpu_count()} cores",
+        "cores": cores.note,
+        "disk": f"{directory} on {file_system.stdout.strip()}, one sync {sync_s(directory) * 1000:.2f} ms",
+        "software": f"Linux {platform.release()}, Python {platform.python_version()}, {packages}",
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()

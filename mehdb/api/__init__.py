@@ -1,0 +1,19 @@
+"""The HTTP API of a node: requests in, answers out.
+
+    app.py        `Api`: finds the route, turns errors into answers, adds the headers that every answer bears
+    answers.py    `Answer`: a whole answer and its wire form
+    requests.py   what a request says: its target, key, parameters and body
+    data.py       /set/, /get/, /delete/, /keys
+    status.py     /status, /livez, /readyz, /metrics
+    replicate.py  /position, /replicate, and who pulls from this node
+    node.py       `NodeView`: what the API must know of the node it speaks for
+
+It decides nothing about data: that is the store's. It never builds a URL from what a client sent but the target's path
+and query, byte for byte.
+"""
+
+from mehdb.api.app import Api
+from mehdb.api.node import Check, NodeView
+from mehdb.api.replicate import Followers
+
+__all__ = ["Api", "Check", "Followers", "NodeView"]

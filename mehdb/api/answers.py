@@ -1,0 +1,111 @@
+"""A whole answer and its wire form.
+
+aiohttp's `Response` builds a header map, copies it, completes it and serialises it: a third of the time of a point
+read. Here the head is one string, written with the body in one go. Answers that are streamed use aiohttp's own.
+"""
+
+from email.utils import formatdate
+from http import HTTPStatus
+from time import time
+from typing import Final
+
+import msgspec
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+
+from mehdb.errors import MehdbError, MethodNotAllowed
+
+TEXT: Final = "text/plain; charset=utf-8"
+JSON: Final = "application/json"
+JOIN_BYTES_MAX: Final = 1 << 16  # below this, copying a body behind its head is cheaper than a second system call
+STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
+BODILESS: Final = frozenset({204, 304})  # RFC 9110, 6.4.1
+
+
+class Answer(web.StreamResponse):
+    """A status, a body and headers.
+
+    *headers* holds whole lines, each ended by CR LF. *revision* is what the answer shows of the store, if that may be
+    newer than the head known when it is sent.
+    """
+
+    def __init__(
+        self,
+        body: bytes = b"",
+        content_type: str = TEXT,
+        *,
+        status: int = 200,
+        headers: str = "",
+        revision: int = 0,
+    ) -> None:
+        super().__init__(status=status)
+        self.content = body
+        self.content_type_line = content_type
+        self.header_lines = headers
+        self.revision = revision
+        self._head = b""
+
+    @property
+    def keep_alive(self) -> bool | None:
+        """Whether the connection may take another request."""
+        return self._keep_alive
+
+    def complete(self, request: web.BaseRequest, common_headers: str) -> None:
+        """Serialise the head, with the headers that every answer bears."""
+        # A client that still waits for `100 Continue` may send its body after a final answer, or may not (RFC 9110,
+        # 10.1.1): only the end of the connection tells the next request from a body that comes after all.
+        owes_body = not request.content.is_eof() and "Expect" in request.headers
+        self._keep_alive = request.keep_alive and not owes_body
+        lines = [STATUS_LINES[self.status], common_headers, self.header_lines]
+        if self.status not in BODILESS:
+            lines.append(f"Content-Type: {self.content_type_line}\r\nContent-Length: {len(self.content)}\r\n")
+        if not self._keep_alive:
+            lines.append("Connection: close\r\n")
+        elif request.version < (1, 1):
+            lines.append("Connection: keep-alive\r\n")
+        lines.append("\r\n")
+        # A target echoed in Location may hold bytes that are no UTF-8: aiohttp decoded them as surrogates.
+        self._head = "".join(lines).encode("utf-8", "surrogateescape")
+        if request.method == "HEAD" or self.status in BODILESS:
+            self.content = b""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
+        """Send all of it."""
+        writer = request.writer
+        if len(self.content) <= JOIN_BYTES_MAX:
+            await writer.write(self._head + self.content)
+        else:
+            await writer.write(self._head)
+            await writer.write(self.content)
+        return writer
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Do nothing more: `prepare` has sent it all."""
+
+
+_date = (0, "")
+
+
+def date_header() -> str:
+    """Return the `Date` line of this second (RFC 9110, 6.6.1), formatted once a second."""
+    global _date
+    now = int(time())
+    if _date[0] != now:
+        _date = (now, f"Date: {formatdate(now, usegmt=True)}\r\n")
+    return _date[1]
+
+
+def json_answer(value: object, *, status: int = 200, headers: str = "") -> Answer:
+    """Return *value* as JSON on one line."""
+    return Answer(msgspec.json.encode(value) + b"\n", JSON, status=status, headers=headers)
+
+
+def error_answer(error: MehdbError, *, status: int | None = None, headers: str = "") -> Answer:
+    """Return *error* as JSON: `error` (a stable code), `message` (what to do next) and `status`."""
+    status = status or error.status
+    if error.retry_after_s is not None:
+        headers += f"Retry-After: {error.retry_after_s}\r\n"
+    if isinstance(error, MethodNotAllowed):
+        headers += f"Allow: {error.allowed}\r\n"
+    body = {"error": error.code, "message": str(error), "status": status}
+    return json_answer(body, status=status, headers=headers)

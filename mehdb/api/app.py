@@ -1,0 +1,104 @@
+"""`Api`: finds the route, turns errors into answers, adds the headers that every answer bears.
+
+It reads the raw target: aiohttp's own router would decode `a%2Fb` and `a/b` before the key could be told apart.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from aiohttp import web
+
+from mehdb import __version__
+from mehdb.api.answers import Answer, date_header, error_answer
+from mehdb.api.data import DataRoutes
+from mehdb.api.node import NodeView
+from mehdb.api.replicate import Followers, ReplicationRoutes
+from mehdb.api.requests import Target, target
+from mehdb.api.status import StatusRoutes
+from mehdb.errors import MehdbError, MethodNotAllowed, RouteNotFound
+from mehdb.metrics import Metrics
+from mehdb.settings import Settings
+from mehdb.store import Store
+
+log = logging.getLogger("mehdb.api")
+
+Handler = Callable[[web.BaseRequest, Target, str], Awaitable[web.StreamResponse]]
+"""Answers a request, given its target and the rest of the raw path behind the route's prefix."""
+
+UNKNOWN: Final = "unknown"  # what metrics call a route or method that does not exist: clients must not make labels
+
+
+class Api:
+    """The request handler of a node. Call it with a request."""
+
+    def __init__(
+        self, node: NodeView, store: Store, settings: Settings, followers: Followers, metrics: Metrics
+    ) -> None:
+        data = DataRoutes(node, store, settings)
+        status = StatusRoutes(node, metrics)
+        replication = ReplicationRoutes(node, store, followers)
+        # A route that ends in a slash is a prefix: what follows it is the key.
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/get/": {"GET": data.get, "HEAD": data.get},
+            "/set/": {"PUT": data.set},
+            "/delete/": {"DELETE": data.delete},
+            "/keys": {"GET": data.keys, "HEAD": data.keys},
+            "/status": {"GET": status.status, "HEAD": status.status},
+            "/livez": {"GET": status.livez, "HEAD": status.livez},
+            "/readyz": {"GET": status.readyz, "HEAD": status.readyz},
+            "/metrics": {"GET": status.metrics, "HEAD": status.metrics},
+            "/position": {"GET": replication.position, "HEAD": replication.position},
+            "/replicate": {"GET": replication.replicate},
+        }
+        self._node = node
+        self._store = store
+        self._metrics = metrics
+        self._node_headers = f"Server: mehdb/{__version__}\r\nMehdb-Node: {node.name}\r\n"
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer *request*. Never raises but for a client that has gone."""
+        route, method = UNKNOWN, request.method
+        try:
+            where = target(request.raw_path)
+            route, rest = self._route(where.path)
+            answer = await self._handler(route, method)(request, where, rest)
+        except MehdbError as error:
+            answer = error_answer(error)
+        except ConnectionError:
+            raise  # the client has gone: nobody is left to answer
+        except Exception:
+            log.exception("unexpected route=%s method=%s", route, method)
+            answer = error_answer(
+                MehdbError("an unexpected error, see the node's log: whether it was written is unknown")
+            )
+        self._metrics.count_request(route, method if method in self._routes.get(route, ()) else UNKNOWN, answer.status)
+        if isinstance(answer, Answer):
+            answer.complete(request, self._common_headers(answer.revision))
+        return answer
+
+    def _route(self, path: str) -> tuple[str, str]:
+        """Return the route of *path*, and what follows it."""
+        end = path.find("/", 1) + 1
+        prefix = path[:end] if end else path
+        if prefix in self._routes:
+            return prefix, path[len(prefix) :]
+        if path in self._routes:
+            return path, ""
+        raise RouteNotFound(f"no such route: there are {', '.join(self._routes)}")
+
+    def _handler(self, route: str, method: str) -> Handler:
+        try:
+            return self._routes[route][method]
+        except KeyError:
+            allowed = ", ".join(self._routes[route])
+            raise MethodNotAllowed(f"{route} takes {allowed}: nothing was changed", allowed) from None
+
+    def _common_headers(self, revision: int) -> str:
+        """Return the header lines that every answer bears. *revision* may be newer than the head known so far."""
+        meta, node = self._store.meta, self._node
+        return (
+            f"{self._node_headers}{date_header()}Mehdb-Role: {node.role}\r\nMehdb-State: {node.state}\r\n"
+            f"Mehdb-Revision: {max(meta.head, revision)}\r\n"
+            + (f"Mehdb-History: {meta.history}\r\n" if meta.history else "")
+        )

@@ -1,0 +1,107 @@
+"""Keys and values: /set/KEY, /get/KEY, /delete/KEY and /keys."""
+
+import re
+from typing import Final
+from urllib.parse import quote, urlencode
+
+from aiohttp import web
+
+from mehdb.api.answers import TEXT, Answer, json_answer
+from mehdb.api.node import NodeView
+from mehdb.api.requests import Parameters, Target, decode_key, no_parameters, read_body, whole_number
+from mehdb.errors import BadParameter, KeyNotFound, NotSynced, Stopping
+from mehdb.model import State
+from mehdb.settings import Settings
+from mehdb.store import Store, Write
+
+KEYS_DEFAULT: Final = 1000  # one screenful for a person, one round trip for a program
+KEYS_MAX: Final = 10_000  # at 1 KiB a key, 10 MiB in memory
+BYTES: Final = "application/octet-stream"
+CONTENT_TYPE: Final = re.compile(r"[\x20-\x7e]{1,255}")
+WRITTEN: Final = b"WRITE completed"  # what the Go mehdb answered, to the byte
+NOT_HERE: Final = {
+    "error": "not_leader",
+    "message": "nothing was written: this node follows. Send the same request to the Location (with curl: add -L)",
+    "status": 307,
+}
+
+
+class DataRoutes:
+    """The routes that read and write."""
+
+    def __init__(self, node: NodeView, store: Store, settings: Settings) -> None:
+        self._node = node
+        self._store = store
+        self._settings = settings
+
+    async def get(self, _request: web.BaseRequest, target: Target, rest: str) -> Answer:
+        """Answer with the value of a key, as it was written."""
+        key = decode_key(rest)
+        no_parameters(target.query)
+        change = self._store.get(key)
+        if change is None or change.value is None:
+            self._refuse_if_empty()
+            raise KeyNotFound("no such key on this node")
+        return Answer(
+            change.value,
+            change.content_type or BYTES,
+            headers=f'ETag: "{change.revision}"\r\nX-Content-Type-Options: nosniff\r\n',
+            revision=change.revision,
+        )
+
+    async def set(self, request: web.BaseRequest, target: Target, rest: str) -> Answer:
+        """Store the body as the value of a key."""
+        key = decode_key(rest)
+        if self._node.redirect_url is not None:
+            return _redirect(self._node.redirect_url, target)
+        no_parameters(target.query)
+        content_type = request.headers.get("Content-Type")
+        if content_type is not None and not CONTENT_TYPE.fullmatch(content_type):
+            raise BadParameter("the Content-Type must be 1 to 255 characters of ASCII: nothing was written")
+        self._refuse_if_stopping()
+        value = await read_body(request, self._settings.max_value, self._settings.body_timeout)
+        return await self._write(Write(key, value, content_type))
+
+    async def delete(self, _request: web.BaseRequest, target: Target, rest: str) -> Answer:
+        """Delete a key."""
+        key = decode_key(rest)
+        if self._node.redirect_url is not None:
+            return _redirect(self._node.redirect_url, target)
+        no_parameters(target.query)
+        return await self._write(Write(key, None))
+
+    async def keys(self, _request: web.BaseRequest, target: Target, _rest: str) -> Answer:
+        """List live keys in byte order: one page, and a link to the next."""
+        parameters = Parameters(target.query)
+        prefix = parameters.take("prefix", str, "")
+        after = parameters.take("after", str, "")
+        limit = parameters.take("limit", whole_number(1, KEYS_MAX), KEYS_DEFAULT)
+        parameters.finish()
+        self._refuse_if_empty()
+        keys = [key.decode() for key in await self._store.keys(prefix.encode(), after.encode(), limit + 1)]
+        if len(keys) <= limit:
+            return json_answer(keys)
+        keys.pop()
+        cursor = {"prefix": prefix, "after": keys[-1], "limit": str(limit)}
+        query = urlencode({name: value for name, value in cursor.items() if value}, quote_via=quote)
+        return json_answer(keys, headers=f'Link: </keys?{query}>; rel="next"\r\n')
+
+    async def _write(self, write: Write) -> Answer:
+        self._refuse_if_stopping()
+        revision = await self._store.write(write)
+        return Answer(WRITTEN, TEXT, headers=f'ETag: "{revision}"\r\n', revision=revision)
+
+    def _refuse_if_empty(self) -> None:
+        if self._store.meta.history is None:
+            raise NotSynced(
+                "this follower holds nothing yet, so it cannot know: ask another node, or again in a moment"
+            )
+
+    def _refuse_if_stopping(self) -> None:
+        if self._node.state is State.STOPPED:
+            raise Stopping("this node is stopping, nothing was written: try again in a moment")
+
+
+def _redirect(base: str, target: Target) -> Answer:
+    """Send a writer to the leader: answered before the body is read and before any `100 Continue`."""
+    return json_answer(NOT_HERE, status=307, headers=f"Location: {base}{target.text}\r\n")

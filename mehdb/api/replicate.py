@@ -1,0 +1,131 @@
+"""What nodes ask each other: /position and /replicate.
+
+A follower's next request acknowledges what it holds durably, so that a node knows who pulls from it, and how far they
+are, without any state on disk.
+"""
+
+import re
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final
+
+from aiohttp import web
+
+from mehdb.api.answers import Answer, json_answer
+from mehdb.api.node import NodeView
+from mehdb.api.requests import Parameters, Target, no_parameters, seconds, whole_number
+from mehdb.errors import NotSynced
+from mehdb.model import (
+    GENESIS,
+    ORIGIN,
+    Chain,
+    FollowerStatus,
+    History,
+    NodePosition,
+    Position,
+    Revision,
+    encode_page,
+)
+from mehdb.store import Store
+
+MSGPACK: Final = "application/vnd.msgpack"
+WAIT_S_MAX: Final = 60.0  # proxies and clients give up on a silent connection at about this age
+FOLLOWERS_MAX: Final = 100  # a StatefulSet has a few; names come from clients, so their number is bounded
+FORGET_AFTER_S: Final = 300.0  # a follower that was scaled away is no longer listed
+REVISION_MAX: Final = (1 << 63) - 1  # SQLite's largest integer
+
+
+@dataclass(frozen=True)
+class _Seen:
+    revision: Revision
+    at_s: float
+
+
+class Followers:
+    """Who pulls from this node, and what they hold durably."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, _Seen] = {}
+
+    def note(self, node: str, revision: Revision) -> None:
+        """Take down that *node* holds everything up to *revision*."""
+        if node not in self._seen and len(self._seen) >= FOLLOWERS_MAX:
+            del self._seen[min(self._seen, key=lambda name: self._seen[name].at_s)]
+        self._seen[node] = _Seen(revision, monotonic())
+
+    def status(self, head: Revision) -> tuple[FollowerStatus, ...]:
+        """Return those heard of lately, by name, with their lag behind *head*."""
+        now = monotonic()
+        self._seen = {node: seen for node, seen in self._seen.items() if now - seen.at_s < FORGET_AFTER_S}
+        return tuple(
+            FollowerStatus(node, seen.revision, max(0, head - seen.revision), round(now - seen.at_s, 3))
+            for node, seen in sorted(self._seen.items())
+        )
+
+
+def _history(text: str) -> History:
+    if not re.fullmatch("[0-9a-f]{32}", text):
+        raise ValueError("must be 32 hexadecimal digits, or left out by an empty store")
+    return History(text)
+
+
+def _chain(text: str) -> Chain:
+    if not re.fullmatch("[0-9a-f]{32}", text):
+        raise ValueError("must be 32 hexadecimal digits")
+    return Chain(bytes.fromhex(text))
+
+
+def _revision(text: str) -> Revision:
+    return Revision(whole_number(0, REVISION_MAX)(text))
+
+
+def _node(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", text):
+        raise ValueError("must be a host name")
+    return text
+
+
+class ReplicationRoutes:
+    """The routes for other nodes."""
+
+    def __init__(self, node: NodeView, store: Store, followers: Followers) -> None:
+        self._node = node
+        self._store = store
+        self._followers = followers
+
+    async def position(self, _request: web.BaseRequest, target: Target, _rest: str) -> Answer:
+        """Answer with this node's position."""
+        no_parameters(target.query)
+        meta = self._store.meta
+        return json_answer(
+            NodePosition(
+                self._node.name, self._node.role, self._node.state,
+                meta.epoch, meta.history, meta.head, meta.chain.hex(),
+            )
+        )  # fmt: skip
+
+    async def replicate(self, _request: web.BaseRequest, target: Target, _rest: str) -> Answer:
+        """Answer with the page after a position, at the head after waiting for one; 204 if none came.
+
+        *durable* is what the follower holds for certain, where that is less than *after*: it asks for a page while it
+        still applies the one before.
+        """
+        parameters = Parameters(target.query)
+        history = parameters.take("history", _history, None)
+        after = parameters.take("after", _revision, ORIGIN)
+        position = Position(history, after, parameters.take("chain", _chain, GENESIS))
+        durable = parameters.take("durable", _revision, after)
+        node = parameters.take("node", _node, None)
+        wait_s = parameters.take("wait", seconds(WAIT_S_MAX), 0.0)
+        parameters.finish()
+        if self._store.meta.history is None:
+            raise NotSynced("this node holds nothing yet: ask another one")
+        page = await self._store.page_after(position)
+        if node is not None:
+            self._followers.note(node, durable)
+        if page is None and wait_s and await self._store.wait_beyond(after, wait_s):
+            page = await self._store.page_after(position)
+        epoch = f"Mehdb-Epoch: {self._store.meta.epoch}\r\n"
+        if page is None:
+            return Answer(status=204, headers=epoch)
+        return Answer(encode_page(page), MSGPACK, headers=epoch)

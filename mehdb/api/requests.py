@@ -1,0 +1,159 @@
+"""What a request says: its target, key, parameters and body."""
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Final, NamedTuple, TypeVar
+from urllib.parse import parse_qsl, unquote_to_bytes
+
+from aiohttp import web
+
+from mehdb.errors import BadBody, BadKey, BadParameter, BodyTooSlow, ExpectationFailed, ValueTooLarge
+from mehdb.model import checked_key
+
+T = TypeVar("T")
+
+BROKEN_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
+PARAMETERS_MAX: Final = 32  # more than any route has
+BODY_RATE_MIN: Final = (
+    64 << 10
+)  # bytes per second, in the long run: a body that trickles holds a connection for nothing
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Target(NamedTuple):
+    """A request's target in origin form, as it was sent: nothing decoded. *query* is without its question mark."""
+
+    path: str
+    query: str
+
+    @property
+    def text(self) -> str:
+        """Path and query, byte for byte."""
+        return f"{self.path}?{self.query}" if self.query else self.path
+
+
+def target(raw: str) -> Target:
+    """Return the target that *raw* is, in origin form or absolute form (RFC 9112, 3.2), without its authority."""
+    if not raw.startswith("/"):
+        _, _, raw = raw.partition("://")
+        _, slash, raw = raw.partition("/")
+        raw = slash + raw
+    path, _, query = raw.partition("?")
+    return Target(path, query)
+
+
+def decode_key(text: str) -> bytes:
+    """Return the key that *text*, the raw path after the route's prefix, stands for: percent-decoded once.
+
+    Raises `BadKey`.
+    """
+    if text.isascii() and "%" not in text and "#" not in text:
+        return checked_key(text.encode())
+    if "#" in text:
+        raise BadKey("a '#' in a key must be sent as %23")
+    if BROKEN_ESCAPE.search(text):
+        raise BadKey("a '%' in a key must be sent as %25, or be followed by two hexadecimal digits")
+    return checked_key(unquote_to_bytes(text.encode("utf-8", "surrogateescape")))
+
+
+class Parameters:
+    """The query's parameters, each read once; those never read are unknown."""
+
+    def __init__(self, query: str) -> None:
+        """Raises `BadParameter` for a query that cannot be decoded, or a parameter given twice."""
+        try:
+            pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=PARAMETERS_MAX)
+        except ValueError as error:
+            raise BadParameter(f"the query cannot be read: {error}") from error
+        self._values = dict(pairs)
+        if len(self._values) != len(pairs):
+            raise BadParameter("a parameter is given twice: give each once")
+
+    def take(self, name: str, parse: Callable[[str], T], default: T) -> T:
+        """Return the value of *name*, read by *parse*, or *default*. Raises `BadParameter` when *parse* cannot."""
+        text = self._values.pop(name, None)
+        if text is None:
+            return default
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise BadParameter(f"{name}={text!r}: {error}") from error
+
+    def finish(self) -> None:
+        """Raise `BadParameter` if there are others than those taken: a misspelt one must not be passed over."""
+        if self._values:
+            raise BadParameter(f"unknown parameter {min(self._values)!r}: leave it out, or send a '?' in a key as %3F")
+
+
+def no_parameters(query: str) -> None:
+    """Raise `BadParameter` if *query* has any."""
+    if query:
+        Parameters(query).finish()
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers from *least* to *most*."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and least <= int(text[:20]) <= most):
+            raise ValueError(f"must be a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def seconds(most: float) -> Callable[[str], float]:
+    """Return a parser of seconds from 0 to *most*."""
+
+    def parse(text: str) -> float:
+        if not (re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) and float(text) <= most):
+            raise ValueError(f"must be a number of seconds from 0 to {most:g}")
+        return float(text)
+
+    return parse
+
+
+async def read_body(request: web.BaseRequest, bytes_max: int, stall_s: float) -> bytes:
+    """Return the whole body, after `100 Continue` where the client waits for it.
+
+    Raises `ValueTooLarge` as soon as it is known, `BodyTooSlow`, `ExpectationFailed` and `BadBody`.
+    """
+    too_large = ValueTooLarge(f"a value may have {bytes_max} bytes (--max-value): nothing was written")
+    if (request.content_length or 0) > bytes_max:
+        raise too_large
+    content = request.content
+    if content.is_eof() and content.total_bytes <= bytes_max:  # it came with the head: most do
+        return content.read_nowait()
+    await _continue(request)
+    chunks: list[bytes] = []
+    size_bytes = 0
+    started = asyncio.get_running_loop().time()
+    try:
+        while True:
+            now = asyncio.get_running_loop().time()
+            deadline = min(now + stall_s, started + stall_s + size_bytes / BODY_RATE_MIN)
+            async with asyncio.timeout_at(deadline):
+                chunk = await content.readany()
+            if not chunk:
+                return b"".join(chunks)
+            chunks.append(chunk)
+            size_bytes += len(chunk)
+            if size_bytes > bytes_max:
+                raise too_large
+    except TimeoutError as error:
+        raise BodyTooSlow(
+            f"the body stalled for {stall_s:g} s or is too slow ({size_bytes} bytes came): nothing was written"
+        ) from error
+    except web.RequestPayloadError as error:
+        raise BadBody(f"the body's framing is broken: nothing was written ({error})") from error
+
+
+async def _continue(request: web.BaseRequest) -> None:
+    """Tell a client that waits for it to send its body (RFC 9110, 10.1.1)."""
+    expectation = request.headers.get("Expect")
+    if expectation is None:
+        return
+    if expectation.lower() != "100-continue":
+        raise ExpectationFailed("send no Expect but 100-continue")
+    await request.writer.write(CONTINUE)

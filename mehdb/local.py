@@ -1,0 +1,231 @@
+"""A StatefulSet on one machine: real node processes, each with a name, an ordinal and a volume of its own.
+
+Started in order, each when the one before is ready; started again on the same volume when one dies; stopped in reverse
+order. It knows nodes as the kubelet does: by their processes and by what they answer over HTTP.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Final
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from mehdb.errors import PeerError, SettingsError
+from mehdb.model import NodeStatus
+from mehdb.peers import Peer
+
+ADDRESS: Final = "127.0.0.1"
+COLUMNS: Final = ("node", "role", "url", "pid", "ready", "revision", "lag")
+LOOK_EVERY_S: Final = 0.2  # often enough to look alive, seldom enough to cost nothing
+STOP_TIMEOUT_S: Final = 30.0  # the kubelet's default grace period
+RESTART_LEAST_S: Final = 0.5  # the kubelet waits longer, but somebody watches this one
+RESTART_MOST_S: Final = 10.0
+SETTLED_S: Final = 10.0  # a process that lived this long died of something new
+
+
+@dataclass
+class Pod:
+    """What stays of a node (name, port, volume), and what comes and goes (process, status)."""
+
+    name: str
+    port: int
+    volume: Path
+    process: asyncio.subprocess.Process | None = None
+    status: NodeStatus | None = None
+
+    @property
+    def url(self) -> str:
+        """The base URL."""
+        return f"http://{ADDRESS}:{self.port}"
+
+    @property
+    def log(self) -> Path:
+        """Where its process writes its log: beside the volume, which holds the store alone."""
+        return self.volume.with_suffix(".log")
+
+    @property
+    def ready(self) -> bool:
+        """Whether it said so when last asked."""
+        return self.status is not None and self.status.ready
+
+    def cells(self) -> tuple[str, ...]:
+        """Return what `COLUMNS` names."""
+        pid = str(self.process.pid) if self.process else "-"
+        if self.status is None:
+            return self.name, "-", self.url, pid, "no", "-", "-"
+        leader = self.status.leader
+        lag = "-" if leader is None or leader.lag_revisions is None else str(leader.lag_revisions)
+        return self.name, self.status.role, self.url, pid, "yes" if self.ready else "no", str(self.status.revision), lag
+
+
+class LocalCluster:
+    """*replicas* nodes on consecutive ports from *port*, with their volumes in *data_dir*."""
+
+    def __init__(self, replicas: int, port: int, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._pods = [
+            Pod(f"mehdb-{ordinal}", port + ordinal, data_dir / f"mehdb-{ordinal}") for ordinal in range(replicas)
+        ]
+        self._console = Console()
+        self._stop = asyncio.Event()
+        self._said: dict[str, tuple[str, ...]] = {}
+
+    async def run(self) -> None:
+        """Run until SIGINT, SIGTERM or SIGHUP. Raises `SettingsError` if a port is taken or the directory unusable."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+        self._prepare()
+        keepers: dict[str, asyncio.Task[None]] = {}
+        async with self._shown():
+            try:
+                for pod in self._pods:
+                    keepers[pod.name] = asyncio.create_task(self._keep(pod), name=pod.name)
+                    await self._ready_or_stopped(pod)
+                if not self._stop.is_set() and not self._console.is_terminal:
+                    self._console.print(self._hints(), soft_wrap=True)
+                await self._stop.wait()
+            finally:
+                for pod in reversed(self._pods):
+                    if keeper := keepers.get(pod.name):
+                        keeper.cancel()
+                        await asyncio.wait([keeper])
+
+    def _prepare(self) -> None:
+        """Refuse what would fail in every node's log, before any is started."""
+        problems = [f"--port: {pod.port} is in use, choose another range" for pod in self._pods if _taken(pod.port)]
+        try:
+            self._data_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problems.append(f"--data-dir: {self._data_dir} cannot be used: {error.strerror}")
+        if problems:
+            raise SettingsError(problems)
+
+    async def _ready_or_stopped(self, pod: Pod) -> None:
+        while not pod.ready and not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), LOOK_EVERY_S)
+
+    async def _keep(self, pod: Pod) -> None:
+        """Keep a process running for *pod*: another on the same volume when one ends. Stop it when cancelled."""
+        delay_s = RESTART_LEAST_S
+        while True:
+            started_at_s = monotonic()
+            pod.process = await self._start(pod)
+            try:
+                code = await pod.process.wait()
+            except asyncio.CancelledError:
+                await _terminate(pod.process)
+                self._console.print(f"{pod.name} stopped", highlight=False)
+                raise
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            self._console.print(
+                f"{pod.name} (pid {pod.process.pid}) ended: {how}, see {pod.log}; starting it again on its volume",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            pod.process = pod.status = None
+            delay_s = RESTART_LEAST_S if monotonic() - started_at_s > SETTLED_S else min(delay_s * 2, RESTART_MOST_S)
+            await asyncio.sleep(delay_s)
+
+    async def _start(self, pod: Pod) -> asyncio.subprocess.Process:
+        command = [
+            sys.executable, "-m", "mehdb", "serve",
+            "--host", pod.name, "--listen", ADDRESS, "--port", str(pod.port), "--data-dir", str(pod.volume),
+            "--peers", ",".join(one.url for one in self._pods),
+        ]  # fmt: skip
+        with pod.log.open("ab") as log:
+            # A session of its own: Ctrl-C in the terminal must reach this process alone, which stops them in order.
+            return await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    @contextlib.asynccontextmanager
+    async def _shown(self) -> AsyncIterator[None]:
+        """Keep what is shown current while the block runs: a table on a terminal, a line for each change elsewhere."""
+        live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        async with contextlib.AsyncExitStack() as stack:
+            peers = {pod.name: await stack.enter_async_context(Peer(pod.url)) for pod in self._pods}
+            if live:
+                stack.enter_context(live)
+            watcher = asyncio.create_task(self._watch(peers, live), name="watcher")
+            try:
+                yield
+            finally:
+                watcher.cancel()
+                await asyncio.wait([watcher])
+
+    async def _watch(self, peers: dict[str, Peer], live: Live | None) -> None:
+        while True:
+            await asyncio.gather(*(_look(pod, peers[pod.name]) for pod in self._pods if pod.process))
+            if live:
+                live.update(self._screen(), refresh=True)
+            else:
+                self._print_changes()
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def _print_changes(self) -> None:
+        """Print a line for each pod whose role, process or readiness is no longer what was last printed."""
+        for pod in self._pods:
+            line = pod.cells()
+            state = (line[1], line[3], line[4])
+            if pod.process and self._said.get(pod.name) != state:
+                self._said[pod.name] = state
+                text = " ".join(f"{name}={cell}" for name, cell in zip(COLUMNS, line, strict=True))
+                self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _screen(self) -> Group:
+        table = Table(*COLUMNS, box=None, pad_edge=False)
+        for pod in self._pods:
+            if pod.process or pod.status:
+                table.add_row(*pod.cells(), style=None if pod.ready else "dim")
+        return Group(table, self._hints() if all(pod.ready for pod in self._pods) else Text())
+
+    def _hints(self) -> Text:
+        """Return the commands to try, for the processes that run now."""
+        reader = self._pods[-1]
+        lines = [
+            "",
+            "Try, in another terminal:",
+            f"  echo 'test data' | curl -sL -XPUT -T - {reader.url}/set/test",
+            f"  curl -s {reader.url}/get/test",
+            f"  curl -s {reader.url}/status?level=full",
+        ]
+        if reader.process:
+            lines.append(
+                f"  kill -9 {reader.process.pid}    # {reader.name} comes back on its volume, under another pid"
+            )
+        return Text("\n".join([*lines, "Ctrl-C stops the cluster; its volumes stay in " + str(self._data_dir)]))
+
+
+async def _look(pod: Pod, peer: Peer) -> None:
+    """Ask *pod* how it is."""
+    try:
+        pod.status = await peer.status()
+    except PeerError:
+        pod.status = None
+
+
+async def _terminate(process: asyncio.subprocess.Process) -> None:
+    """End *process* as the kubelet does: SIGTERM, the grace period, SIGKILL."""
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex((ADDRESS, port)) == 0

@@ -1,0 +1,87 @@
+"""Prometheus metrics of one node, in a registry of their own: nothing here is global.
+
+Counters move as things happen. What a status already knows is read from it when Prometheus asks, so that it costs
+nothing in between and cannot disagree with `/status`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from mehdb.model import NodeStatus, Role, State
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"  # the text format that every Prometheus reads
+
+
+class Metrics:
+    """All that one node counts. *status* is asked at each scrape."""
+
+    def __init__(self, status: Callable[[], NodeStatus]) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "mehdb_requests", "Answered requests.", ["route", "method", "status"], registry=self._registry
+        )
+        self._children: dict[tuple[str, str, int], Counter] = {}
+        self._registry.register(_StatusCollector(status))
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        GCCollector(registry=self._registry)
+
+    def count_request(self, route: str, method: str, status: int) -> None:
+        """Count an answer. *route* and *method* are of a fixed set, never what a client sent."""
+        key = (route, method, status)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = self._requests.labels(route, method, str(status))
+        child.inc()
+
+    def render(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _StatusCollector(Collector):
+    def __init__(self, status: Callable[[], NodeStatus]) -> None:
+        self._status = status
+
+    def describe(self) -> Iterator[Metric]:
+        """Say nothing: a registry would otherwise collect once when this is registered, before the node exists."""
+        yield from ()
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        yield _gauge("mehdb_ready", "1 if the node is ready.", status.ready)
+        yield _gauge("mehdb_keys", "Live keys.", status.keys)
+        yield _gauge("mehdb_revision", "The newest revision in the store.", status.revision)
+        yield _gauge("mehdb_floor", "The revision up to which changes may have been compacted.", status.floor)
+        yield _gauge("mehdb_epoch", "The highest epoch seen.", status.epoch)
+        yield _gauge("mehdb_queue_bytes", "Bytes that wait to be written.", status.queue_bytes)
+        yield _one_of("mehdb_role", "1 for the node's role.", "role", Role, status.role)
+        yield _one_of("mehdb_state", "1 for the node's state.", "state", State, status.state)
+        if status.leader and status.leader.heard_seconds_ago is not None:
+            yield _gauge(
+                "mehdb_leader_heard_seconds", "Seconds since the leader last answered.", status.leader.heard_seconds_ago
+            )
+        if status.leader and status.leader.lag_revisions is not None:
+            yield _gauge("mehdb_lag_revisions", "Revisions behind the leader's head.", status.leader.lag_revisions)
+        lag = GaugeMetricFamily("mehdb_follower_lag_revisions", "Revisions a follower is behind.", labels=["node"])
+        for follower in status.followers:
+            lag.add_metric([follower.node], follower.lag_revisions)
+        yield lag
+
+
+def _gauge(name: str, help_: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, help_, value)
+
+
+def _one_of(name: str, help_: str, label: str, choices: type[Role] | type[State], chosen: str) -> Metric:
+    family = GaugeMetricFamily(name, help_, labels=[label])
+    for choice in choices:
+        family.add_metric([choice], choice == chosen)
+    return family

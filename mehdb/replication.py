@@ -1,0 +1,132 @@
+"""The follower's loop: ask the leader for what comes after this store's position, apply it, ask again.
+
+The invariant it owns (promise 3): only `Store.apply` changes the store, and it applies a page only if it continues the
+store exactly. A follower whose position the leader does not recognise keeps its data and is diverged (promise 4).
+
+    syncing ── reached the head that the leader had when first asked ──▶ serving
+       ▲                                                                   │ 409
+       └───────── the leader recognises the position again ── diverged ◀───┘
+"""
+
+import asyncio
+import logging
+import random
+from time import monotonic
+from typing import Final
+
+from mehdb.errors import Compacted, DiskFull, Diverged, MehdbError, PeerError
+from mehdb.model import LeaderStatus, Page, Position, Revision, State
+from mehdb.peers import Peer, Pull
+from mehdb.store import Store
+
+log = logging.getLogger("mehdb.replication")
+
+WAIT_S: Final = (
+    5.0  # how long the leader holds a request when nothing is new: bounds how old "last heard" gets meanwhile
+)
+BACKOFF_LEAST_S: Final = 0.1  # a leader that restarts is back within a second
+BACKOFF_MOST_S: Final = 5.0  # one that does not is not asked more often than this
+DIVERGED_RETRY_S: Final = 10.0  # an operator has to act: asking often helps nobody
+
+
+class Follower:
+    """Keeps *store* a copy of *leader*'s. `run` never returns; `state`, `problem` and `status` say how it goes."""
+
+    def __init__(self, store: Store, leader: Peer, node: str) -> None:
+        self.state = State.SYNCING
+        self._store = store
+        self._leader = leader
+        self._node = node
+        self._target: Revision | None = None  # the head to reach before serving: the leader's when first asked
+        self._head: Revision | None = None  # the leader's, when last heard
+        self._heard_at_s: float | None = None
+        self._error: MehdbError | None = None  # why the leader was not followed at the last attempt
+
+    @property
+    def problem(self) -> str | None:
+        """Why this follower is not ready, None if it is. One that has synced once is, with or without a leader."""
+        if self.state is State.SERVING:
+            return None
+        if self._error is not None:
+            return f"{self._error.code}: {self._error}"
+        return f"at revision {self._store.head}, must reach {'the leader' if self._target is None else self._target}"
+
+    def status(self) -> LeaderStatus:
+        """Return what is known of the leader."""
+        return LeaderStatus(
+            self._leader.url,
+            self._head,
+            None if self._head is None else max(0, self._head - self._store.head),
+            None if self._heard_at_s is None else round(monotonic() - self._heard_at_s, 3),
+        )
+
+    async def run(self) -> None:
+        """Follow the leader for ever, with pauses when that fails. Raises only what no retry can mend."""
+        delay_s = BACKOFF_LEAST_S
+        while True:
+            asked_at_s = monotonic()
+            try:
+                await self._follow()
+            except (PeerError, Diverged, Compacted, DiskFull) as error:
+                self._note_failure(error)
+            if isinstance(self._error, Diverged | Compacted):
+                delay_s = DIVERGED_RETRY_S
+            elif self._heard_at_s is not None and self._heard_at_s >= asked_at_s:  # it answered: a new disturbance
+                delay_s = BACKOFF_LEAST_S
+            # Jitter, so that followers that lost their leader together do not all come back together.
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1))  # noqa: S311  no secret
+            delay_s = min(delay_s * 2, BACKOFF_MOST_S)
+
+    async def _follow(self) -> None:
+        """Ask, apply, ask again, until something fails."""
+        pull = await self._pull(self._store.position)
+        while True:
+            if pull.page is not None and pull.page.end.revision < pull.head:
+                pull = await self._apply_and_pull(pull.page)
+                continue
+            if pull.page is None:
+                await self._store.adopt(pull.history, pull.epoch)
+            else:
+                await self._store.apply(pull.page)
+            self._note_progress()
+            # Only now, at the head: what this asks after is durable here, and asking is what acknowledges it.
+            pull = await self._pull(self._store.position)
+
+    async def _apply_and_pull(self, page: Page) -> Pull:
+        """Apply *page* while the one after it travels, and return that."""
+        # Both always run to their end: neither is left behind when the other fails.
+        applied, following = await asyncio.gather(self._store.apply(page), self._pull(page.end), return_exceptions=True)
+        if isinstance(applied, BaseException):
+            raise applied
+        self._note_progress()
+        if isinstance(following, BaseException):
+            raise following
+        return following
+
+    async def _pull(self, position: Position) -> Pull:
+        # Until it serves, a follower wants to know the leader's head, not to wait for the next change.
+        wait_s = WAIT_S if self.state is State.SERVING else 0.0
+        pull = await self._leader.pull(position, node=self._node, durable=self._store.head, wait_s=wait_s)
+        self._head, self._heard_at_s = pull.head, monotonic()
+        if self._target is None:
+            self._target = pull.head
+        return pull
+
+    def _note_progress(self) -> None:
+        """The leader has recognised this store's position, and what it sent is durable here."""
+        if self._error is not None:
+            log.info("leader back url=%s revision=%d", self._leader.url, self._store.head)
+            self._error = None
+        if self.state is State.DIVERGED:
+            self.state = State.SYNCING
+        if self.state is State.SYNCING and self._target is not None and self._store.head >= self._target:
+            self.state = State.SERVING
+            log.info("synced revision=%d leader=%s", self._store.head, self._leader.url)
+
+    def _note_failure(self, error: MehdbError) -> None:
+        if self._error is None or self._error.code != error.code:
+            level = logging.ERROR if isinstance(error, Diverged | Compacted) else logging.WARNING
+            log.log(level, "leader not followed code=%s leader=%s reason=%s", error.code, self._leader.url, error)
+        self._error = error
+        if isinstance(error, Diverged):
+            self.state, self._target = State.DIVERGED, None

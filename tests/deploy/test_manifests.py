@@ -1,0 +1,275 @@
+"""deploy/app.yaml, held against the schemas of Kubernetes, the blog's transcript and the code."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import httpx
+import kubernetes_validate
+import pytest
+from kubernetes_validate.utils import all_versions
+from packaging.version import Version
+from sources import (
+    CONTAINER,
+    DOCKERFILE,
+    ENVIRONMENT,
+    POD,
+    PROBES,
+    SERVICE,
+    STATEFUL_SET,
+    documents,
+    quantity,
+)
+
+from mehdb import __version__, roles
+from mehdb.model import Role
+from mehdb.settings import SETTINGS, Settings, load
+
+OLDEST_KUBERNETES = Version("1.27")  # the first whose StatefulSets have `.spec.ordinals` without a feature gate
+KUBERNETES = sorted({str(version) for version in map(Version, all_versions()) if version >= OLDEST_KUBERNETES})
+
+NODE_MEMORY_BYTES = 300 << 20  # what a node with a million keys may take under load, kept by `make bench`
+STOP_MARGIN_S = 30  # beyond the requests under way: moving the endpoints, writing the queue, a checkpoint
+START_S = 600  # what a start must be given at least: a large volume is attached, checked and recovered
+
+DEFAULTS = load({}, {}, find_host_name=lambda: "mehdb")
+
+
+def names(objects: list[dict[str, Any]]) -> list[str]:
+    return [one["name"] for one in objects]
+
+
+# Kubernetes' own rules
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_every_document_is_valid_for_each_kubernetes_that_we_support(version: str) -> None:
+    assert [one["kind"] for one in documents()] == ["StatefulSet", "Service"]
+    for document in documents():
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_a_misspelt_field_is_not_valid() -> None:
+    """The Go mehdb's manifest had a `readniessProbe`, and so no readiness probe."""
+    misspelt = copy.deepcopy(STATEFUL_SET)
+    container = misspelt["spec"]["template"]["spec"]["containers"][0]
+    container["readniessProbe"] = container.pop("readinessProbe")
+    with pytest.raises(kubernetes_validate.ValidationError, match="readniessProbe"):
+        kubernetes_validate.validate(misspelt, KUBERNETES[-1], strict=True)
+
+
+# The blog's transcript
+
+
+def test_the_names_and_sizes_are_those_of_the_blog() -> None:
+    assert STATEFUL_SET["metadata"]["name"] == SERVICE["metadata"]["name"] == "mehdb"
+    assert STATEFUL_SET["spec"]["replicas"] == 2
+    assert CONTAINER["name"] == "shard"
+    (claim,) = STATEFUL_SET["spec"]["volumeClaimTemplates"]
+    assert claim["metadata"]["name"] == "data"
+    assert claim["spec"] == {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+
+
+def test_the_service_is_headless_and_selects_the_pods() -> None:
+    assert SERVICE["spec"]["clusterIP"] == "None"
+    assert SERVICE["metadata"]["labels"] == SERVICE["spec"]["selector"] == {"app": "mehdb"}
+    assert STATEFUL_SET["spec"]["selector"]["matchLabels"] == SERVICE["spec"]["selector"]
+    assert STATEFUL_SET["spec"]["template"]["metadata"]["labels"] == SERVICE["spec"]["selector"]
+
+
+def test_the_service_lists_ready_pods_only_since_clients_use_it() -> None:
+    assert SERVICE["spec"]["publishNotReadyAddresses"] is False
+
+
+def test_the_service_gives_the_pods_their_names() -> None:
+    assert STATEFUL_SET["spec"]["serviceName"] == SERVICE["metadata"]["name"]
+
+
+def test_pods_start_one_after_the_other() -> None:
+    assert STATEFUL_SET["spec"]["podManagementPolicy"] == "OrderedReady"
+
+
+# The code
+
+
+def test_every_port_is_the_one_that_a_node_listens_on_by_default() -> None:
+    ports = [port["containerPort"] for port in CONTAINER["ports"]]
+    ports += [port.get("targetPort", port["port"]) for port in SERVICE["spec"]["ports"]]
+    ports += [port["port"] for port in SERVICE["spec"]["ports"]]
+    ports += [probe["httpGet"]["port"] for probe in PROBES.values()]
+    assert set(ports) == {DEFAULTS.port}
+
+
+def test_every_variable_is_a_setting() -> None:
+    assert set(ENVIRONMENT) <= {setting.metadata["variable"] for setting in SETTINGS}
+
+
+def test_the_data_directory_is_the_volume() -> None:
+    mounts = {mount["name"]: mount["mountPath"] for mount in CONTAINER["volumeMounts"]}
+    assert mounts["data"] == ENVIRONMENT["MEHDB_DATADIR"]
+    assert set(mounts) == {*names(POD["volumes"]), "data"}
+
+
+def test_the_image_is_of_this_version() -> None:
+    assert CONTAINER["image"] == f"mehdb:{__version__}"
+
+
+def settings_in_pod(ordinal: int, environment: Mapping[str, str]) -> Settings:
+    """Return what a node reads in the StatefulSet's pod *ordinal*, whose container has *environment*."""
+    host = f"{STATEFUL_SET['metadata']['name']}-{ordinal}"
+    fqdn = f"{host}.{STATEFUL_SET['spec']['serviceName']}.shop.svc.cluster.local"
+    by_the_kubelet = {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+    return load({}, by_the_kubelet | environment, find_host_name=lambda: host, find_fqdn=lambda _: fqdn)
+
+
+GO_ENVIRONMENT = {"MEHDB_DATADIR": "/mehdbdata"}  # all that the Go mehdb's manifest set
+SERVICE_LINK = {"MEHDB_PORT": "tcp://10.96.0.7:9876"}  # by a Service called mehdb that has a cluster IP
+
+
+@pytest.mark.parametrize("environment", [ENVIRONMENT, GO_ENVIRONMENT, GO_ENVIRONMENT | SERVICE_LINK])
+def test_the_environment_tells_each_pod_its_role_and_where_the_leader_is(environment: dict[str, str]) -> None:
+    leader, follower = (settings_in_pod(ordinal, environment) for ordinal in (0, 1))
+    assert roles.assign(leader).role is Role.LEADER
+    assert roles.assign(follower).role is Role.FOLLOWER
+    assert roles.assign(follower).leader_url == "http://mehdb-0.mehdb.shop.svc.cluster.local:9876"
+    assert leader.port == follower.port == DEFAULTS.port
+    assert leader.data_dir == Path("/mehdbdata")
+
+
+def test_the_container_runs_what_the_image_runs() -> None:
+    """So that the Go mehdb's manifest, which names no command either, runs with only its image changed."""
+    assert not {"command", "args"} & set(CONTAINER)
+
+
+# The probes, on real nodes
+
+
+@contextmanager
+def running_node(data_dir: Path, host: str, **environment: str) -> Iterator[str]:
+    """Run what the image runs, with the manifest's environment, as the pod *host*; give its base URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MEHDB_", "KUBERNETES_"))}
+    here = {"MEHDB_HOST": host, "MEHDB_PORT": str(port), "MEHDB_LISTEN": "127.0.0.1", "MEHDB_DATADIR": str(data_dir)}
+    program, *arguments = DOCKERFILE.command()
+    with subprocess.Popen(
+        [Path(sys.executable).with_name(program), *arguments], env=inherited | ENVIRONMENT | here | environment
+    ) as process:
+        try:
+            await_listening(process, port)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(POD["terminationGracePeriodSeconds"])
+            finally:
+                process.kill()
+    assert process.returncode == 0, "a pod that is deleted ends by itself, in time and well"
+
+
+def await_listening(process: subprocess.Popen[bytes], port: int, timeout_s: float = 30) -> None:
+    """Return when *process* accepts connections on *port*."""
+    deadline = monotonic() + timeout_s
+    while monotonic() < deadline:
+        assert process.poll() is None, f"the node ended with {process.returncode}"
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        sleep(0.02)
+    pytest.fail(f"the node does not listen after {timeout_s:g} s")
+
+
+def ask(url: str, probe: dict[str, Any]) -> int:
+    """Return the status of the answer that the kubelet gets. Fails if that takes longer than the probe allows."""
+    headers = {"User-Agent": "kube-probe/1.37", "Accept": "*/*", "Connection": "close"}
+    path = probe["httpGet"]["path"]
+    return httpx.get(url + path, headers=headers, timeout=probe["timeoutSeconds"], follow_redirects=False).status_code
+
+
+def test_a_leader_passes_every_probe_without_a_redirect(tmp_path: Path) -> None:
+    with running_node(tmp_path, "mehdb-0") as leader_url:
+        assert {name: ask(leader_url, probe) for name, probe in PROBES.items()} == dict.fromkeys(PROBES, 200)
+
+
+def test_a_follower_that_never_found_its_leader_is_alive_but_not_ready(tmp_path: Path) -> None:
+    """A restart would not help it, and clients must not read from it."""
+    nobody = "http://127.0.0.1:1"
+    with running_node(tmp_path, "mehdb-1", MEHDB_PEERS=f"{nobody},{nobody}") as follower_url:
+        answers = {name: ask(follower_url, probe) for name, probe in PROBES.items()}
+        assert answers == {"startupProbe": 200, "livenessProbe": 200, "readinessProbe": 500}
+
+
+def test_readiness_asks_for_the_full_status_as_the_blog_says() -> None:
+    assert PROBES["readinessProbe"]["httpGet"]["path"] == "/status?level=full"
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_no_probe_has_the_default_timeout_of_one_second(name: str) -> None:
+    assert PROBES[name]["timeoutSeconds"] > 1
+
+
+def test_a_start_may_take_long() -> None:
+    startup = PROBES["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= START_S
+
+
+def test_a_busy_node_is_not_restarted() -> None:
+    liveness = PROBES["livenessProbe"]
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] >= DEFAULTS.body_timeout
+
+
+# What a pod may take and do
+
+
+def test_the_time_that_a_stop_takes_fits_the_grace_period() -> None:
+    assert DEFAULTS.stop_timeout + STOP_MARGIN_S <= POD["terminationGracePeriodSeconds"]
+
+
+def test_the_memory_limit_holds_a_node_under_load_with_a_full_queue() -> None:
+    requests, limits = CONTAINER["resources"]["requests"], CONTAINER["resources"]["limits"]
+    assert quantity(limits["memory"]) >= NODE_MEMORY_BYTES + DEFAULTS.queue_size
+    assert requests["memory"] == limits["memory"]
+
+
+def test_the_cpu_limit_leaves_the_event_loop_and_the_writer_a_core_each() -> None:
+    requests, limits = CONTAINER["resources"]["requests"], CONTAINER["resources"]["limits"]
+    assert quantity(limits["cpu"]) >= 2
+    assert quantity(requests["cpu"]) <= quantity(limits["cpu"])
+
+
+def test_pods_run_as_nobody_in_particular() -> None:
+    context = POD["securityContext"]
+    user = context["runAsUser"]
+    assert user > 0
+    assert context == {
+        "runAsNonRoot": True,
+        "runAsUser": user,
+        "runAsGroup": user,
+        "fsGroup": user,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert CONTAINER["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_pods_know_nothing_of_the_cluster() -> None:
+    assert POD["automountServiceAccountToken"] is False
+    assert POD["enableServiceLinks"] is False
+
+
+def test_a_read_only_root_leaves_a_bounded_place_for_temporary_files() -> None:
+    (tmp,) = [mount["name"] for mount in CONTAINER["volumeMounts"] if mount["mountPath"] == "/tmp"]  # noqa: S108  the pod's
+    (volume,) = [volume for volume in POD["volumes"] if volume["name"] == tmp]
+    assert quantity(volume["emptyDir"]["sizeLimit"]) > 0

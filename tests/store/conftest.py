@@ -1,0 +1,37 @@
+"""Stores and disks for the tests of this folder."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from disk import Disk
+from stores import leading, opened
+
+from mehdb.store import Store
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Where the leader's store is, or will be."""
+    return tmp_path / "leader"
+
+
+@pytest.fixture
+async def leader(directory: Path) -> AsyncIterator[Store]:
+    """An open store in its first epoch."""
+    async with leading(directory) as store:
+        yield store
+
+
+@pytest.fixture
+async def follower(tmp_path: Path) -> AsyncIterator[Store]:
+    """An open store that has seen no leader."""
+    async with opened(tmp_path / "follower") as store:
+        yield store
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    """The disk under every store opened after it."""
+    with Disk() as disk:
+        yield disk

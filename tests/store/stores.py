@@ -1,0 +1,126 @@
+"""What the tests of the store share: opening, filling, copying, and tampering with a closed one behind its back."""
+
+import hashlib
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from mehdb.model import GENESIS, Chain, Change, Epoch, Page, Position, Revision
+from mehdb.store import Store, Write
+
+TABLES = ("meta", "entry", "change")
+
+
+@asynccontextmanager
+async def opened(directory: Path, **options: Any) -> AsyncIterator[Store]:
+    """Have the store in *directory* open."""
+    store = await Store.open(directory, **options)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def leading(directory: Path, **options: Any) -> AsyncIterator[Store]:
+    """Have the store in *directory* open, at the start of its next epoch."""
+    async with opened(directory, **options) as store:
+        await store.lead(Epoch(store.meta.epoch + 1))
+        yield store
+
+
+async def put(store: Store, key: bytes, value: bytes | None, content_type: str | None = None) -> Revision:
+    """Write one change; a value of None deletes."""
+    return await store.write(Write(key, value, content_type))
+
+
+async def next_page(leader: Store, follower: Store) -> Page:
+    """Return the page that the follower needs next."""
+    page = await leader.page_after(follower.position)
+    assert page is not None
+    return page
+
+
+async def catch_up(follower: Store, leader: Store) -> int:
+    """Apply pages until the follower is at the leader's head. Return how many."""
+    pages = 0
+    while (page := await leader.page_after(follower.position)) is not None:
+        await follower.apply(page)
+        pages += 1
+    return pages
+
+
+async def problems_of(directory: Path) -> tuple[str, ...]:
+    """Return what `check` finds in a closed store."""
+    async with opened(directory) as store:
+        return (await store.check()).problems
+
+
+def seal_anew(previous: bytes, change: Change) -> tuple[int, Chain]:
+    """Return CRC and chain by the format's definition, written here a second time so that no change of it is silent."""
+    content_type = b"" if change.content_type is None else change.content_type.encode()
+    value = b"" if change.value is None else change.value
+    encoded = struct.pack("<Q", change.revision)
+    encoded += struct.pack("<I", len(change.key))
+    encoded += struct.pack("<i", -1 if change.content_type is None else len(content_type))
+    encoded += struct.pack("<q", -1 if change.value is None else len(value))
+    encoded += struct.pack("<q", -1 if change.expires_at is None else change.expires_at)
+    encoded += change.key + content_type + value
+    return zlib.crc32(encoded), Chain(hashlib.blake2b(previous + encoded, digest_size=16).digest())
+
+
+def chain_anew(changes: list[Change]) -> Chain:
+    """Return the chain at the last of *changes*, which start at revision 1."""
+    chain = GENESIS
+    for change in changes:
+        _, chain = seal_anew(chain, change)
+    return chain
+
+
+def sql(directory: Path, statements: str, bindings: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Run SQL on the file of a closed store, as no mehdb would."""
+    connection = apsw.Connection(str(directory / "store.db"))
+    try:
+        return connection.execute(statements, bindings).fetchall()
+    finally:
+        connection.close()
+
+
+def tables_of(directory: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """Return every row of every table, of an open store or a closed one."""
+    connection = apsw.Connection(str(directory / "store.db"), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        return {table: connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in TABLES}  # noqa: S608
+    finally:
+        connection.close()
+
+
+def changes_of(directory: Path) -> list[Change]:
+    """Return the rows of the log, unverified, by their columns' names."""
+    rows = sql(directory, "SELECT revision, key, value, content_type, expires_at FROM change ORDER BY revision")
+    return [Change(*row) for row in rows]
+
+
+def elsewhere(position: Position, **fields: Any) -> Position:
+    """Return *position* with other *fields*."""
+    return Position(**{name: getattr(position, name) for name in Position.__struct_fields__} | fields)
+
+
+@contextmanager
+def child(code: str, *arguments: object) -> Iterator["subprocess.Popen[str]"]:
+    """Have another Python run *code*, with pipes to it; it is gone at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
