@@ -168,7 +168,7 @@ class LocalCluster:
             await asyncio.gather(*(_look(pod, peers[pod.name]) for pod in self._pods if pod.process))
             if live:
                 live.update(self._screen(), refresh=True)
-            else:
+            elif not self._stop.is_set():
                 self._print_changes()
             await asyncio.sleep(LOOK_EVERY_S)
 
@@ -197,7 +197,7 @@ class LocalCluster:
             "Try, in another terminal:",
             f"  echo 'test data' | curl -sL -XPUT -T - {reader.url}/set/test",
             f"  curl -s {reader.url}/get/test",
-            f"  curl -s {reader.url}/status?level=full",
+            f"  curl -s '{reader.url}/status?level=full'",
         ]
         if reader.process:
             lines.append(

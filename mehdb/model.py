@@ -29,8 +29,8 @@ GENESIS: Final = Chain(bytes(16))  # the chain at revision 0, the same in every 
 KEY_BYTES_MAX: Final = 1024  # fits an index page of the store four times, and any proxy's limit on a URL when encoded
 PAGE_BYTES: Final = 1 << 20  # amortises a round trip, stays small beside a follower's memory
 VALUE_BYTES_LIMIT: Final = 64 << 20  # the most that `--max-value` may be set to: a value is held in memory whole
-_STORABLE: Final = msgspec.Meta(ge=0, le=2**63 - 1)  # what a column holds: other numbers are the sender's fault
 PAGE_BYTES_MAX: Final = PAGE_BYTES + VALUE_BYTES_LIMIT + (1 << 16)  # a page ends with the change that fills it
+_STORABLE: Final = msgspec.Meta(ge=0, le=2**63 - 1)  # what a column holds: other numbers are the sender's fault
 
 
 class Role(StrEnum):

@@ -38,7 +38,7 @@ def _text(pattern: re.Pattern[str], what: str) -> Callable[[str], str]:
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and least <= int(text[:12]) <= most):
+        if not (re.fullmatch(r"[0-9]{1,12}", text) and least <= int(text) <= most):
             raise ValueError(f"must be a whole number from {least} to {most}")
         return int(text)
 
@@ -75,7 +75,7 @@ def _base_url(text: str) -> str:
         fine = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:  # a port that is no number
         fine = False
-    if not fine or parts.username or parts.path.strip("/") or parts.query or parts.fragment or re.search(r"\s", text):
+    if not fine or parts.path.strip("/") or re.search(r"[\s@?#]", text):
         raise ValueError(f"{text!r} must be a base URL such as http://mehdb-0.example:9876")
     return text.rstrip("/")
 

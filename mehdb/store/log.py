@@ -70,7 +70,7 @@ class Log:
     def apply(self, page: Page) -> None:
         """Commit a leader's *page* in one transaction, if it continues this store exactly; else change nothing.
 
-        Raises `StaleEpoch`, `Diverged` (another history or chain) and `PeerAnswerInvalid` (not contiguous).
+        Raises `StaleEpoch`, `Diverged` (another history or chain) and `PeerAnswerInvalid` (not contiguous, or empty).
         """
         adopted = self._continued_by(page)
         with self._transaction():
@@ -97,12 +97,11 @@ class Log:
         return replace(self.meta, history=history, epoch=epoch)
 
     def _continued_by(self, page: Page) -> Meta:
-        """Return `meta` with the page's history and epoch, if *page* starts at the head and has no gaps."""
+        """Return `meta` with the page's history and epoch, if *page* starts at the head and has no gaps, but changes."""
         meta = self._adopted(page.history, page.epoch)
         expected = range(meta.head + 1, meta.head + 1 + len(page.changes))
-        if page.after != meta.head or any(
-            change.revision != n for change, n in zip(page.changes, expected, strict=True)
-        ):
+        revisions = [change.revision for change in page.changes]
+        if not revisions or page.after != meta.head or revisions != list(expected):
             raise PeerAnswerInvalid(f"the page after revision {page.after} does not continue revision {meta.head}")
         return meta
 

@@ -89,7 +89,10 @@ def open_writer(directory: Path) -> apsw.Connection:
     path = directory / FILE_NAME
     connection = apsw.Connection(str(path))
     try:
+        # A file that is not ours keeps its WAL too: closing would move that into it.
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         _refuse_other_schema(connection, path)
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         connection.execute("PRAGMA journal_mode = WAL").fetchall()
         # FULL, not NORMAL: an acknowledged write must survive power loss. NORMAL does not sync at commit in WAL mode.
         connection.execute("PRAGMA synchronous = FULL")
@@ -118,8 +121,10 @@ def open_reader(directory: Path) -> apsw.Connection:
 
 
 def read_meta(connection: apsw.Connection) -> Meta:
-    """Return the row of `meta` as *connection* sees it."""
+    """Return the row of `meta` as *connection* sees it. Raises `StoreFailed` if it is gone."""
     row = connection.execute("SELECT history, epoch, head, chain, floor, keys FROM meta").get
+    if row is None:
+        raise StoreFailed("`meta` has no row, the file is damaged: keep a copy, then start from a backup or empty")
     return Meta(*row)
 
 

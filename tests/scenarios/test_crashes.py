@@ -1,0 +1,196 @@
+"""Kills, restarts and a leader that goes away: nothing acknowledged is lost, and nodes come to one position again."""
+
+import asyncio
+import random
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+from cluster import DEADLINE_S, Cluster, Node, eventually
+
+WRITERS = 8
+
+
+class Load:
+    """Writers that go on through errors, and know what was acknowledged, in the order of revisions."""
+
+    def __init__(self, url: str) -> None:
+        self.acknowledged: dict[str, tuple[int, bytes]] = {}
+        self._url = url
+        self._stopping = False
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Load"]:
+        """Write while the block runs."""
+        client = httpx.AsyncClient(timeout=DEADLINE_S, trust_env=False, follow_redirects=True)
+        async with client, asyncio.TaskGroup() as tasks:
+            for number in range(WRITERS):
+                tasks.create_task(self._write(client, number))
+            try:
+                yield self
+            finally:
+                self._stopping = True
+
+    async def _write(self, client: httpx.AsyncClient, number: int) -> None:
+        shuffled = random.Random(number)
+        while not self._stopping:
+            key, value = f"{number}/{shuffled.randrange(50)}", shuffled.randbytes(shuffled.randrange(2000))
+            try:
+                answer = await client.put(f"{self._url}/set/{key}", content=value)
+            except httpx.TransportError:
+                await asyncio.sleep(0.01)  # the node is gone: give it the core to come back on
+                continue
+            assert answer.status_code == 200, answer.text
+            self.acknowledged[key] = (int(answer.headers["ETag"].strip('"')), value)
+
+    async def more(self, count: int) -> None:
+        """Wait until *count* more writes are acknowledged."""
+        goal = self.revision + count
+        async with asyncio.timeout(DEADLINE_S):
+            while self.revision < goal:  # noqa: ASYNC110  the writers take it further, in this same loop
+                await asyncio.sleep(0.01)
+
+    @property
+    def revision(self) -> int:
+        """The newest revision acknowledged."""
+        return max((revision for revision, _ in self.acknowledged.values()), default=0)
+
+
+def assert_holds(node: Node, load: Load) -> None:
+    """Every acknowledged value is there, or one written after it: a later write may be durable but unacknowledged."""
+    for key, (revision, value) in load.acknowledged.items():
+        answer = node.get(f"/get/{key}")
+        assert answer.status_code == 200, f"{key}, acknowledged at {revision}, is gone from {node.name}"
+        shown = int(answer.headers["ETag"].strip('"'))
+        assert shown >= revision, f"{key} went back from {revision} to {shown} on {node.name}"
+        assert shown > revision or answer.content == value, f"{key} is not what was acknowledged at {revision}"
+
+
+async def test_a_killed_follower_goes_on_where_its_disk_says(cluster: Cluster) -> None:
+    """Killed again and again while pages arrive, so that some kills are in the middle of one."""
+    leader, follower = cluster.start(2).nodes
+    async with Load(leader.url).running() as load:
+        for _ in range(5):
+            await load.more(200)
+            follower.kill()
+            await load.more(100)
+            follower.start(ready=False)
+    cluster.converge()
+    assert_holds(follower, load)
+
+
+async def test_a_killed_leader_loses_nothing_that_it_acknowledged(cluster: Cluster) -> None:
+    leader, follower = cluster.start(2).nodes
+    async with Load(leader.url).running() as load:
+        for _ in range(5):
+            await load.more(200)
+            leader.kill()
+            leader.start()
+    cluster.converge()
+    assert_holds(leader, load)
+    assert_holds(follower, load)
+
+
+def test_a_follower_serves_while_the_leader_is_away_and_says_since_when(cluster: Cluster) -> None:
+    leader, follower = cluster.start(2).nodes
+    leader.put("k", b"v")
+    cluster.converge()
+    leader.stop()
+    first = eventually(lambda: follower.status().leader, "a status").heard_seconds_ago
+    assert first is not None
+    eventually(lambda: "leader not followed" in follower.log, "the follower to notice")
+    status = follower.status()
+    assert status.ready
+    assert status.state == "serving"
+    assert status.leader is not None
+    assert (status.leader.heard_seconds_ago or 0) > first
+    assert follower.get("/get/k").content == b"v"
+    assert follower.get("/status?level=full").text == "1"
+    leader.start()
+    leader.put("k", b"w")
+    eventually(lambda: follower.get("/get/k").content == b"w", "the follower to find its leader again")
+    assert follower.log.count("leader not followed") == 1, "an outage is one change of state, so one line"
+
+
+def test_a_follower_without_a_leader_serves_what_it_has_but_is_not_ready(cluster: Cluster) -> None:
+    leader, follower = cluster.start(2).nodes
+    leader.put("k", b"v")
+    cluster.converge()
+    follower.stop()
+    leader.stop()
+    follower.start(ready=False)
+    answer = follower.get("/get/k")
+    assert (answer.content, answer.headers["Mehdb-State"]) == (b"v", "syncing")
+    assert follower.get("/readyz").status_code == 503
+    answer = follower.get("/status?level=full")
+    assert (answer.status_code, answer.json()["error"]) == (500, "not_ready")
+    leader.start()
+    eventually(follower.ready, "the follower to be ready once it has reached the leader")
+
+
+def test_a_follower_that_holds_nothing_yet_cannot_say_that_a_key_is_missing(cluster: Cluster) -> None:
+    cluster.add()
+    follower = cluster.add().start(ready=False)
+    for target in ("/get/k", "/keys"):
+        answer = follower.get(target)
+        assert (answer.status_code, answer.json()["error"]) == (503, "not_synced")
+        assert answer.headers["Retry-After"] == "1"
+    assert follower.status().history is None
+
+
+def test_a_follower_is_ready_only_at_the_head_that_the_leader_had_when_first_asked(cluster: Cluster) -> None:
+    leader = cluster.start(1).leader
+    for number in range(30):
+        leader.put(f"large/{number}", bytes(1 << 20))
+    follower = cluster.add().start(ready=False)
+    eventually(lambda: follower.get("/readyz").is_success, "the follower to be ready")
+    assert follower.position() == leader.position()
+
+
+def test_followers_keep_their_data_when_the_leader_returns_empty(cluster: Cluster) -> None:
+    leader, follower = cluster.start(2).nodes
+    leader.put("k", b"v")
+    before = cluster.converge()
+    leader.stop()
+    leader.volume.rename(leader.volume.with_name("away"))
+    leader.start()
+    eventually(lambda: follower.status().state == "diverged", "the follower to notice another history")
+    assert not follower.ready()
+    answer = follower.get("/get/k")
+    assert (answer.content, answer.headers["Mehdb-State"]) == (b"v", "diverged")
+    assert follower.position() == before
+    assert "diverged" in follower.get("/status?level=full").json()["message"]
+    assert "code=diverged" in follower.log
+
+
+def test_a_rolled_back_leader_does_not_roll_its_followers_back(cluster: Cluster, tmp_path: Path) -> None:
+    leader, follower = cluster.start(2).nodes
+    leader.put("k", b"old")
+    cluster.converge()
+    leader.stop()
+    shutil.copytree(leader.volume, tmp_path / "backup")
+    leader.start()
+    leader.put("k", b"new")
+    cluster.converge()
+    leader.stop()
+    shutil.rmtree(leader.volume)
+    (tmp_path / "backup").rename(leader.volume)
+    leader.start()
+    eventually(lambda: follower.status().state == "diverged", "the follower to notice that it is ahead")
+    assert follower.get("/get/k").content == b"new"
+    leader.put("k", b"forked")
+    eventually(lambda: "chain" in (follower.status().reason or ""), "the follower to notice the fork", 30)
+    assert follower.get("/get/k").content == b"new"
+
+
+def test_stopping_finishes_the_writes_under_way(cluster: Cluster) -> None:
+    """SIGTERM and SIGINT exit 0; `Node.stop` asserts it."""
+    leader = cluster.start(1).leader
+    for number in (signal.SIGTERM, signal.SIGINT):
+        leader.put("k", b"%d" % number)
+        leader.stop(number)
+        leader.start()
+        assert leader.get("/get/k").content == b"%d" % number
