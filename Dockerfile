@@ -33,7 +33,6 @@ RUN mkdir /mehdbdata && chown 10001:0 /mehdbdata && chmod 770 /mehdbdata
 RUN /opt/mehdb/bin/mehdb serve --help > /dev/null
 ENV PATH=/opt/mehdb/bin:${PATH} \
     PYTHONDONTWRITEBYTECODE=1 \
-    PYTHONUNBUFFERED=1 \
     MEHDB_DATADIR=/mehdbdata
 EXPOSE 9876
 # By number, so that the kubelet can tell that it is not root (runAsNonRoot).

@@ -22,12 +22,16 @@ check: .venv/installed  ## Lint, format, types, layers
 bench: .venv/installed  ## Measure, as ratios against a reference in the same run (needs wrk)
 	.venv/bin/python bench/run.py $(BENCH)
 
+# One lock for the image, one for development with the same versions, one for the image's build.
+LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" .venv/bin/uv pip compile --quiet --upgrade --universal \
+	--python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links
+
 lock: .venv/installed  ## Resolve the locked dependencies anew
 	.venv/bin/pip install --quiet uv
-	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--custom-compile-command "make lock" pyproject.toml -o requirements.lock
-	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--custom-compile-command "make lock" --extra dev pyproject.toml -o requirements-dev.lock
+	$(LOCK) pyproject.toml -o requirements.lock
+	$(LOCK) -c requirements.lock --extra dev pyproject.toml -o requirements-dev.lock
+	.venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' \
+		| tr ' ' '\n' | $(LOCK) - -o requirements-build.lock
 
 clean:  ## Remove what was made here; volumes in data/ stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist

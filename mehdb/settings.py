@@ -221,7 +221,7 @@ def _source(setting: Field[Any], given: str | None, environ: Mapping[str, str]) 
     variable = setting.metadata["variable"]
     text = environ.get(variable)
     if text and not (variable == "MEHDB_PORT" and text.startswith("tcp://")):
-        # A Service called mehdb makes the kubelet set MEHDB_PORT=tcp://ADDRESS:PORT in every pod of the namespace.
+        # A Service mehdb with a cluster IP makes the kubelet set MEHDB_PORT=tcp://ADDRESS:PORT in the namespace's pods.
         return variable, text
     return "default", setting.metadata["default"]
 

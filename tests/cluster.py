@@ -3,6 +3,7 @@
 Everything that waits has a deadline. `Cluster.stop` verifies every invariant of every store that is left.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -41,6 +42,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((ADDRESS, 0))
         return int(probe.getsockname()[1])
+
+
+def free_ports(count: int) -> int:
+    """Return the first of *count* free ports in a row."""
+    for _ in range(100):
+        first = free_port()
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind((ADDRESS, port))
+            return first
+    raise AssertionError(f"no {count} free ports in a row")
 
 
 def clean_environment() -> dict[str, str]:
@@ -143,10 +155,10 @@ class Cluster:
         self.nodes.append(Node(name, port, self.directory / name, usual | environment))
         return self.nodes[-1]
 
-    def start(self, replicas: int) -> "Cluster":
+    def start(self, replicas: int, **environment: str) -> "Cluster":
         """Start *replicas* nodes in order, each when the one before is ready."""
         for _ in range(replicas):
-            self.add().start()
+            self.add(**environment).start()
         return self
 
     @property

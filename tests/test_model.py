@@ -117,7 +117,7 @@ def test_a_bad_key_is_refused_with_what_is_wrong_with_it(key: bytes, reason: str
 @given(st.binary(max_size=8) | st.text(max_size=8).map(lambda text: text.encode(errors="surrogatepass")))
 def test_a_key_is_good_exactly_if_it_is_text_without_nul(key: bytes) -> None:
     try:
-        good = 0 < len(key.decode()) and b"\0" not in key
+        good = len(key.decode()) > 0 and b"\0" not in key
     except UnicodeDecodeError:
         good = False
     if good:
@@ -212,7 +212,14 @@ def test_a_page_with_a_number_that_no_store_can_hold_is_refused(field: str, numb
 
 @pytest.mark.parametrize(
     "field",
-    [{"history": b"\0"}, {"chain": "text"}, {"key": "text"}, {"key": None}, {"value": "text"}, {"content_type": b"bytes"}],
+    [
+        {"history": b"\0"},
+        {"chain": "text"},
+        {"key": "text"},
+        {"key": None},
+        {"value": "text"},
+        {"content_type": b"bytes"},
+    ],
     ids=lambda field: "-".join(field),
 )
 def test_a_page_with_a_field_of_another_type_is_refused(field: dict[str, object]) -> None:

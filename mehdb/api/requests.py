@@ -62,6 +62,8 @@ class Parameters:
 
     def __init__(self, query: str) -> None:
         """Raises `BadParameter` for a query that cannot be decoded, or a parameter given twice."""
+        if BROKEN_ESCAPE.search(query):
+            raise BadParameter("a '%' in a query must be sent as %25, or be followed by two hexadecimal digits")
         try:
             pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=PARAMETERS_MAX)
         except ValueError as error:
@@ -96,7 +98,7 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
     """Return a parser of whole numbers from *least* to *most*."""
 
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and least <= int(text[:20]) <= most):
+        if not (re.fullmatch("[0-9]{1,20}", text) and least <= int(text) <= most):
             raise ValueError(f"must be a whole number from {least} to {most}")
         return int(text)
 
@@ -122,10 +124,12 @@ async def read_body(request: web.BaseRequest, bytes_max: int, stall_s: float) ->
     too_large = ValueTooLarge(f"a value may have {bytes_max} bytes (--max-value): nothing was written")
     if (request.content_length or 0) > bytes_max:
         raise too_large
+    _check_expectation(request)
     content = request.content
     if content.is_eof() and content.total_bytes <= bytes_max:  # it came with the head: most do
         return content.read_nowait()
-    await _continue(request)
+    if "Expect" in request.headers:
+        await request.writer.write(CONTINUE)
     chunks: list[bytes] = []
     size_bytes = 0
     started = asyncio.get_running_loop().time()
@@ -149,11 +153,7 @@ async def read_body(request: web.BaseRequest, bytes_max: int, stall_s: float) ->
         raise BadBody(f"the body's framing is broken: nothing was written ({error})") from error
 
 
-async def _continue(request: web.BaseRequest) -> None:
-    """Tell a client that waits for it to send its body (RFC 9110, 10.1.1)."""
-    expectation = request.headers.get("Expect")
-    if expectation is None:
-        return
-    if expectation.lower() != "100-continue":
-        raise ExpectationFailed("send no Expect but 100-continue")
-    await request.writer.write(CONTINUE)
+def _check_expectation(request: web.BaseRequest) -> None:
+    """Raise `ExpectationFailed` if the client expects more than `100 Continue` (RFC 9110, 10.1.1)."""
+    if request.headers.get("Expect", "100-continue").lower() != "100-continue":
+        raise ExpectationFailed("send no Expect but 100-continue: nothing was written")

@@ -5,6 +5,7 @@ Reads one consistent state of a store, live or not, and changes nothing. Memory 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, cast
 
 import apsw
@@ -14,7 +15,9 @@ from mehdb.store.schema import Meta, read_meta
 from mehdb.store.seal import seal
 
 PROBLEMS_MAX: Final = 100  # enough to see the pattern; a wholly damaged store has one for each row
-
+INTEGRITY: Final = f"PRAGMA integrity_check({PROBLEMS_MAX})"
+ROWS: Final = """
+    SELECT revision, key, value, CAST(content_type AS BLOB), expires_at, crc, chain FROM change ORDER BY revision"""
 COMPARISONS: Final = {
     "an entry points to no change, another key's or a deletion": """
         SELECT entry.revision FROM entry LEFT JOIN change USING (revision)
@@ -39,25 +42,23 @@ class CheckReport:
 
 def check(connection: apsw.Connection) -> CheckReport:
     """Verify all invariants of the store that *connection* reads, in one read transaction."""
+    problems: list[str] = []
+    changes = keys = 0
     connection.execute("BEGIN")
     try:
         meta = read_meta(connection)
+        problems += (f"SQLite: {line}" for (line,) in connection.execute(INTEGRITY) if line != "ok")
         changes = cast("int", connection.execute("SELECT count(*) FROM change").get)
         keys = cast("int", connection.execute("SELECT count(*) FROM entry").get)
-        problems = []
-        for problem in _problems(connection, meta, keys):
-            problems.append(problem)
-            if len(problems) == PROBLEMS_MAX:
-                break
-        return CheckReport(changes, keys, tuple(problems))
+        problems += islice(_problems(connection, meta, keys), PROBLEMS_MAX)
+    except apsw.CorruptError as error:
+        problems.append(f"SQLite: the rest cannot be read: {error}")
     finally:
         connection.execute("ROLLBACK")
+    return CheckReport(changes, keys, tuple(problems[:PROBLEMS_MAX]))
 
 
 def _problems(connection: apsw.Connection, meta: Meta, keys: int) -> Iterator[str]:
-    for (line,) in connection.execute(f"PRAGMA integrity_check({PROBLEMS_MAX})"):
-        if line != "ok":
-            yield f"SQLite: {line}"
     if keys != meta.keys:
         yield f"meta counts {meta.keys} keys, entry has {keys}"
     if meta.history is None and meta.head != ORIGIN:
@@ -73,11 +74,9 @@ def _problems(connection: apsw.Connection, meta: Meta, keys: int) -> Iterator[st
 def _log_problems(connection: apsw.Connection, meta: Meta) -> Iterator[str]:
     """Yield what is wrong with the rows of `change`: their CRC, the chain from each to the next, gaps, the end."""
     revision, chain = ORIGIN, GENESIS
-    rows = connection.execute(
-        "SELECT revision, key, value, content_type, expires_at, crc, chain FROM change ORDER BY revision"
-    )
-    for *columns, row_crc, row_chain in rows:
-        change = Change(*columns)
+    for row_revision, key, value, content_type, expires_at, row_crc, row_chain in connection.execute(ROWS):
+        text = None if content_type is None else content_type.decode(errors="replace")
+        change = Change(row_revision, key, value, text, expires_at)
         expected_crc, expected_chain = seal(chain, change)
         if row_crc != expected_crc:
             yield f"revision {change.revision}: the CRC does not match the row"

@@ -19,13 +19,13 @@ class DirectoryLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            holder = os.pread(self._fd, 32, 0).decode(errors="replace").partition("\n")[0] or "unknown"
             os.close(self._fd)
             raise DirectoryInUse(
                 f"{directory} is in use by process {holder}: stop that one, or give this node a --data-dir of its own"
             ) from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        # Written before it is cut: whoever reads the file's first line finds one process or the other, never nothing.
+        os.ftruncate(self._fd, os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0))
 
     def release(self) -> None:
         """Let the next process have the directory."""

@@ -55,6 +55,7 @@ class Log:
 
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
+        self.commits = 0
         self.meta = read_meta(connection)
 
     def write(self, writes: Sequence[Write]) -> list[Outcome]:
@@ -97,7 +98,7 @@ class Log:
         return replace(self.meta, history=history, epoch=epoch)
 
     def _continued_by(self, page: Page) -> Meta:
-        """Return `meta` with the page's history and epoch, if *page* starts at the head and has no gaps, but changes."""
+        """Return `meta` with the page's history and epoch, if *page* has changes, from the head on, without gaps."""
         meta = self._adopted(page.history, page.epoch)
         expected = range(meta.head + 1, meta.head + 1 + len(page.changes))
         revisions = [change.revision for change in page.changes]
@@ -141,6 +142,7 @@ class Log:
         try:
             yield
             self._connection.execute("COMMIT")
+            self.commits += 1
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")

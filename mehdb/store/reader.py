@@ -7,6 +7,8 @@ sync (promise 2).
 from pathlib import Path
 from typing import Final, cast
 
+import apsw
+
 from mehdb.errors import Compacted, DamagedRow
 from mehdb.model import GENESIS, ORIGIN, Chain, Change, Page, Revision
 from mehdb.store.schema import Meta, open_reader
@@ -22,6 +24,7 @@ CHANGES: Final = """
     SELECT revision, key, value, content_type, expires_at, crc, chain FROM change
     WHERE revision > ? AND revision <= ? ORDER BY revision"""
 AFTER_UTF8: Final = b"\xff"  # greater than any byte of UTF-8, so that PREFIX + this ends the keys with a prefix
+UNREADABLE: Final = (apsw.CorruptError, UnicodeDecodeError)  # a broken page of the file; a text that is none any more
 CHANGE_OVERHEAD_BYTES: Final = 32  # about what a change occupies in a page beside its key and value
 
 
@@ -34,13 +37,16 @@ class Reader:
 
     def get(self, key: bytes) -> Change | None:
         """Return the change that *key* is live with, None if it is not live. Raises `DamagedRow`."""
-        row = self._cursor.execute(GET, (key,)).fetchone()
+        try:
+            row = self._cursor.execute(GET, (key,)).fetchone()
+        except UNREADABLE as error:
+            raise DamagedRow("the key's change cannot be read from this node's disk: read another node") from error
         if row is None:
             return None
         *columns, expected_crc = row
         change = Change(*columns)
-        if change.key != key or crc(change) != expected_crc:
-            raise _damaged(change)
+        if change.key != key or change.value is None or crc(change) != expected_crc:
+            raise _damaged(change.revision)
         return change
 
     def keys(self, prefix: bytes, after: bytes, limit: int) -> list[bytes]:
@@ -64,17 +70,20 @@ class Reader:
         """
         changes: list[Change] = []
         size_bytes, chain = 0, GENESIS
-        for row in self._connection.execute(CHANGES, (after, meta.head)):
-            *columns, expected_crc, chain = row
-            change = Change(*columns)
-            if change.revision != after + len(changes) + 1:
-                raise Compacted(f"the change of revision {after + len(changes) + 1} has been compacted away")
-            if crc(change) != expected_crc:
-                raise _damaged(change)
-            changes.append(change)
-            size_bytes += len(change.key) + len(change.value or b"") + CHANGE_OVERHEAD_BYTES
-            if size_bytes >= bytes_max:
-                break
+        try:
+            for row in self._connection.execute(CHANGES, (after, meta.head)):
+                *columns, expected_crc, chain = row
+                change = Change(*columns)
+                if change.revision != after + len(changes) + 1:
+                    raise Compacted(f"the change of revision {after + len(changes) + 1} has been compacted away")
+                if crc(change) != expected_crc:
+                    raise _damaged(change.revision)
+                changes.append(change)
+                size_bytes += len(change.key) + len(change.value or b"") + CHANGE_OVERHEAD_BYTES
+                if size_bytes >= bytes_max:
+                    break
+        except UNREADABLE as error:
+            raise _damaged(after + len(changes) + 1) from error
         if not changes:
             return None
         assert meta.history is not None, "a store with changes has a history"  # noqa: S101  the schema's invariant
@@ -85,6 +94,6 @@ class Reader:
         self._connection.close()
 
 
-def _damaged(change: Change) -> DamagedRow:
+def _damaged(revision: int) -> DamagedRow:
     # The key may be what is damaged, so the revision names the row.
-    return DamagedRow(f"the change of revision {change.revision} is damaged on this node's disk: read another node")
+    return DamagedRow(f"the change of revision {revision} is damaged on this node's disk: read another node")

@@ -9,9 +9,9 @@ import zlib
 
 from mehdb.model import Chain, Change
 
-_HEAD = struct.Struct(
-    "<QIiqq"
-)  # revision, bytes of key, of content type (-1: none), of value (-1: deleted), expires_at
+# Revision, bytes of key, of content type (-1: none), of value (-1: deleted), expires_at. All but the key's length are
+# signed, so that a damaged row packs too, whatever its columns hold.
+_HEAD = struct.Struct("<qIiqq")
 CHAIN_BYTES = 16
 
 

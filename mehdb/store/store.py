@@ -102,7 +102,7 @@ class Store:
     async def write(self, write: Write) -> Revision:
         """Commit *write* and return its revision, once it is durable.
 
-        Raises `KeyNotFound` (a deletion of what was not there), `QueueFull`, `DiskFull` and `StoreFailed`.
+        Raises `KeyNotFound` (a deletion of what was not there), `QueueFull`, `DiskFull`, `StoreFailed` and `Stopping`.
         """
         outcome = await self._writer.write(write)
         if isinstance(outcome, MehdbError):

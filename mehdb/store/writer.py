@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeVar, cast
 
 import apsw
 
-from mehdb.errors import DiskFull, MehdbError, QueueFull, StoreFailed
+from mehdb.errors import DiskFull, MehdbError, QueueFull, Stopping, StoreFailed
 from mehdb.store.log import Log, Outcome, Write
 
 T = TypeVar("T")
@@ -39,7 +39,6 @@ class Writer:
     def __init__(self, connection: apsw.Connection, queue_bytes_max: int, on_commit: Callable[[], None]) -> None:
         """Start the thread, which owns *connection* from here on. *on_commit* is called on the loop after a commit."""
         self.queue_bytes = 0
-        self.commits = 0
         self.failure: asyncio.Future[StoreFailed] = asyncio.get_running_loop().create_future()
         self._queue_bytes_max = queue_bytes_max
         self._on_commit = on_commit
@@ -48,6 +47,7 @@ class Writer:
         self._log = Log(connection)
         self.meta = self._log.meta  # what is durable: the thread replaces it after each COMMIT
         self._failed: StoreFailed | None = None
+        self._closing = False
         self._wal_pages = 0
         connection.set_wal_hook(self._note_wal_pages)
         self._queue: SimpleQueue[_Job] = SimpleQueue()
@@ -56,8 +56,16 @@ class Writer:
 
     # On the event loop.
 
+    @property
+    def commits(self) -> int:
+        """How many transactions have been committed."""
+        return self._log.commits
+
     async def write(self, write: Write) -> Outcome:
-        """Return the outcome of *write* once it is durable. Raises `QueueFull`, `DiskFull` and `StoreFailed`."""
+        """Return the outcome of *write* once it is durable.
+
+        Raises `QueueFull`, `DiskFull`, `StoreFailed` and `Stopping`.
+        """
         size_bytes = len(write.key) + len(write.value or b"") + WRITE_OVERHEAD_BYTES
         if self.queue_bytes and self.queue_bytes + size_bytes > self._queue_bytes_max:
             raise QueueFull(f"{self.queue_bytes} bytes wait to be written, nothing of this was: try again in a moment")
@@ -66,15 +74,21 @@ class Writer:
         return outcome
 
     async def run(self, task: Task) -> None:
-        """Run *task* in the writer's thread, after all that was queued before. Raises what it raises."""
+        """Run *task* in the writer's thread, after all that was queued before.
+
+        Raises what it raises, and `Stopping`.
+        """
         await self._submit(task, 0)
 
     async def close(self) -> None:
         """Finish what is queued, checkpoint, end the thread and close the connection."""
+        self._closing = True
         self._queue.put(_Job(None, self._loop.create_future(), 0))
         await asyncio.to_thread(self._thread.join)
 
     async def _submit(self, work: Write | Task, size_bytes: int) -> Outcome | None:
+        if self._closing:  # nobody would come to what is queued behind the last job
+            raise Stopping("the store is closed, nothing was written: try again in a moment")
         done: asyncio.Future[Outcome | None] = self._loop.create_future()
         self.queue_bytes += size_bytes
         self._queue.put(_Job(work, done, size_bytes))
@@ -101,6 +115,7 @@ class Writer:
             self._publish(batch, self._perform(batch))
             if self._wal_pages >= CHECKPOINT_PAGES:  # after the acknowledgements, which need not wait for it
                 self._guarded(self._checkpoint)
+                self._publish([], [])  # so that a failure is known at once, not at the next write
             job = following or self._queue.get()
         if self._failed is None:
             self._guarded(lambda: self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE))
@@ -136,7 +151,6 @@ class Writer:
     def _publish(self, batch: list[_Job], outcomes: Sequence[Outcome | None]) -> None:
         """Show what is durable, then acknowledge it."""
         self.meta = self._log.meta
-        self.commits += 1
         self._loop.call_soon_threadsafe(self._acknowledge, batch, outcomes)
 
     def _checkpoint(self) -> None:

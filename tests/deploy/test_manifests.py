@@ -1,24 +1,18 @@
 """deploy/app.yaml, held against the schemas of Kubernetes, the blog's transcript and the code."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import httpx
 import kubernetes_validate
 import pytest
+from cluster import Cluster, Node
 from kubernetes_validate.utils import all_versions
 from packaging.version import Version
 from sources import (
     CONTAINER,
-    DOCKERFILE,
     ENVIRONMENT,
     POD,
     PROBES,
@@ -33,7 +27,7 @@ from mehdb.model import Role
 from mehdb.settings import SETTINGS, Settings, load
 
 OLDEST_KUBERNETES = Version("1.27")  # the first whose StatefulSets have `.spec.ordinals` without a feature gate
-KUBERNETES = sorted({str(version) for version in map(Version, all_versions()) if version >= OLDEST_KUBERNETES})
+KUBERNETES = [str(version) for version in sorted(set(map(Version, all_versions()))) if version >= OLDEST_KUBERNETES]
 
 NODE_MEMORY_BYTES = 300 << 20  # what a node with a million keys may take under load, kept by `make bench`
 STOP_MARGIN_S = 30  # beyond the requests under way: moving the endpoints, writing the queue, a checkpoint
@@ -151,60 +145,36 @@ def test_the_container_runs_what_the_image_runs() -> None:
 # The probes, on real nodes
 
 
-@contextmanager
-def running_node(data_dir: Path, host: str, **environment: str) -> Iterator[str]:
-    """Run what the image runs, with the manifest's environment, as the pod *host*; give its base URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MEHDB_", "KUBERNETES_"))}
-    here = {"MEHDB_HOST": host, "MEHDB_PORT": str(port), "MEHDB_LISTEN": "127.0.0.1", "MEHDB_DATADIR": str(data_dir)}
-    program, *arguments = DOCKERFILE.command()
-    with subprocess.Popen(
-        [Path(sys.executable).with_name(program), *arguments], env=inherited | ENVIRONMENT | here | environment
-    ) as process:
-        try:
-            await_listening(process, port)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            try:
-                process.wait(POD["terminationGracePeriodSeconds"])
-            finally:
-                process.kill()
-    assert process.returncode == 0, "a pod that is deleted ends by itself, in time and well"
+def pod(cluster: Cluster) -> Node:
+    """Return the cluster's next node, not started, with the manifest's environment on a volume of its own."""
+    return cluster.add(**{name: value for name, value in ENVIRONMENT.items() if name != "MEHDB_DATADIR"})
 
 
-def await_listening(process: subprocess.Popen[bytes], port: int, timeout_s: float = 30) -> None:
-    """Return when *process* accepts connections on *port*."""
-    deadline = monotonic() + timeout_s
-    while monotonic() < deadline:
-        assert process.poll() is None, f"the node ended with {process.returncode}"
-        with socket.socket() as client:
-            if client.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        sleep(0.02)
-    pytest.fail(f"the node does not listen after {timeout_s:g} s")
-
-
-def ask(url: str, probe: dict[str, Any]) -> int:
-    """Return the status of the answer that the kubelet gets. Fails if that takes longer than the probe allows."""
+def answers(node: Node) -> dict[str, int]:
+    """Ask what the kubelet asks, and return the statuses. Fails if one takes longer than its probe allows."""
     headers = {"User-Agent": "kube-probe/1.37", "Accept": "*/*", "Connection": "close"}
-    path = probe["httpGet"]["path"]
-    return httpx.get(url + path, headers=headers, timeout=probe["timeoutSeconds"], follow_redirects=False).status_code
+    return {
+        name: httpx.get(
+            node.url + probe["httpGet"]["path"],
+            headers=headers,
+            timeout=probe["timeoutSeconds"],
+            follow_redirects=False,
+            trust_env=False,
+        ).status_code
+        for name, probe in PROBES.items()
+    }
 
 
-def test_a_leader_passes_every_probe_without_a_redirect(tmp_path: Path) -> None:
-    with running_node(tmp_path, "mehdb-0") as leader_url:
-        assert {name: ask(leader_url, probe) for name, probe in PROBES.items()} == dict.fromkeys(PROBES, 200)
+def test_a_leader_and_its_follower_pass_every_probe_without_a_redirect(cluster: Cluster) -> None:
+    for node in (pod(cluster).start(), pod(cluster).start()):
+        assert answers(node) == {"startupProbe": 200, "livenessProbe": 200, "readinessProbe": 200}
 
 
-def test_a_follower_that_never_found_its_leader_is_alive_but_not_ready(tmp_path: Path) -> None:
+def test_a_follower_that_never_found_its_leader_is_alive_but_not_ready(cluster: Cluster) -> None:
     """A restart would not help it, and clients must not read from it."""
-    nobody = "http://127.0.0.1:1"
-    with running_node(tmp_path, "mehdb-1", MEHDB_PEERS=f"{nobody},{nobody}") as follower_url:
-        answers = {name: ask(follower_url, probe) for name, probe in PROBES.items()}
-        assert answers == {"startupProbe": 200, "livenessProbe": 200, "readinessProbe": 500}
+    pod(cluster)
+    follower = pod(cluster).start(ready=False)
+    assert answers(follower) == {"startupProbe": 200, "livenessProbe": 200, "readinessProbe": 500}
 
 
 def test_readiness_asks_for_the_full_status_as_the_blog_says() -> None:

@@ -17,6 +17,13 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def volume(directory: Path) -> Path:
+    """The same, made already."""
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
 async def leader(directory: Path) -> AsyncIterator[Store]:
     """An open store in its first epoch."""
     async with leading(directory) as store:

@@ -1,7 +1,7 @@
 """A disk that tests can hold, break and pull the plug of: a VFS of SQLite over the real files.
 
-SQLite lets a program put a layer between it and the operating system, so no code of ours is patched: the store opens its
-files as it always does, and finds this disk under them.
+SQLite lets a program put a layer between it and the operating system, so no code of ours is patched: the store opens
+its files as it always does, and finds this disk under them.
 """
 
 import threading
@@ -40,7 +40,7 @@ class Disk(apsw.VFS):
         """Open a file of SQLite's."""
         return _File(self, name, flags)
 
-    def xDelete(self, name: str, sync_directory: bool) -> None:  # noqa: FBT001, N802  SQLite's name and arguments
+    def xDelete(self, name: str, sync_directory: bool) -> None:  # noqa: N802  SQLite's name
         """Delete a file of SQLite's."""
         super().xDelete(name, sync_directory)
         self._durable.pop(Path(name).name, None)
@@ -94,8 +94,19 @@ class _File(apsw.VFSFile):
         self._disk.before("write", self._name)
         super().xWrite(data, offset)
 
+    def xLock(self, level: int) -> None:  # noqa: N802  SQLite's name
+        # The last reader to close tries to lock its read-only file. SQLite passes over that error, apsw raises it.
+        try:
+            super().xLock(level)
+        except apsw.IOError as error:
+            raise apsw.BusyError from error
+
     def xSync(self, flags: int) -> None:  # noqa: N802  SQLite's name
         self._disk.before_sync(self._name)
         super().xSync(flags)
         # Read through SQLite: to open and close the file beside it would drop the process's locks on it.
-        self._disk.synced(self._name, super().xRead(super().xFileSize(), 0))
+        self._disk.synced(self._name, self._all())
+
+    def _all(self) -> bytes:
+        size_bytes = super().xFileSize()
+        return super().xRead(size_bytes, 0) if size_bytes else b""

@@ -1,11 +1,12 @@
 """What the tests of the store share: opening, filling, copying, and tampering with a closed one behind its back."""
 
+import asyncio
 import hashlib
 import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import apsw
 
 from mehdb.model import GENESIS, Chain, Change, Epoch, Page, Position, Revision
 from mehdb.store import Store, Write
+from mehdb.store.check import check
+from mehdb.store.schema import open_reader
 
 TABLES = ("meta", "entry", "change")
 
@@ -57,10 +60,13 @@ async def catch_up(follower: Store, leader: Store) -> int:
     return pages
 
 
-async def problems_of(directory: Path) -> tuple[str, ...]:
-    """Return what `check` finds in a closed store."""
-    async with opened(directory) as store:
-        return (await store.check()).problems
+def problems_of(directory: Path) -> tuple[str, ...]:
+    """Return what `check` finds in a store, open or closed."""
+    connection = open_reader(directory)
+    try:
+        return check(connection).problems
+    finally:
+        connection.close()
 
 
 def seal_anew(previous: bytes, change: Change) -> tuple[int, Chain]:
@@ -124,3 +130,24 @@ def child(code: str, *arguments: object) -> Iterator["subprocess.Popen[str]"]:
             yield process
         finally:
             process.kill()
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 10) -> None:
+    """Wait for *condition* to hold."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110  what is waited for has no event
+            await asyncio.sleep(0.002)
+
+
+async def enqueue(store: Store, writes: Iterable[Write]) -> list["asyncio.Task[Revision]"]:
+    """Put *writes* into the queue, in order, and return before any of them is acknowledged."""
+    tasks = [asyncio.create_task(store.write(write)) for write in writes]
+    await asyncio.sleep(0)  # each task runs up to its wait for the acknowledgement
+    return tasks
+
+
+async def outcomes(tasks: Iterable["asyncio.Task[Revision]"], timeout_s: float = 30) -> list[Revision | type]:
+    """Return what each task ended with: its revision, or the class of its error."""
+    async with asyncio.timeout(timeout_s):
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    return [type(result) if isinstance(result, BaseException) else result for result in results]

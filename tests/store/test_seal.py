@@ -17,7 +17,11 @@ CHAINS = st.binary(min_size=16, max_size=16).map(Chain)
 
 GOLDEN = [
     (Change(Revision(1), b"test", b"hello"), 0xB913EC28, "66990a69b7014fa2dd3d42ceca6cd283"),
-    (Change(Revision(2), "clé/ü".encode(), b"", "text/plain; charset=utf-8", 1_700_000_000), 0xE60730AA, "51d820e0d2681b8f2a23c47a363ed5a3"),
+    (
+        Change(Revision(2), "clé/ü".encode(), b"", "text/plain; charset=utf-8", 1_700_000_000),
+        0xE60730AA,
+        "51d820e0d2681b8f2a23c47a363ed5a3",
+    ),
     (Change(Revision(3), b"test", None), 0x501D604E, "2e9cf45dad42e71680885c51cd14880c"),
 ]
 
@@ -70,7 +74,9 @@ def test_changes_whose_bytes_joined_are_alike_are_told_apart(
 
 @given(CHANGES.filter(lambda change: change.key or change.value), st.data())
 def test_the_crc_notices_each_flipped_bit(change: Change, data: st.DataObject) -> None:
-    field, content = data.draw(st.sampled_from([("key", change.key), ("value", change.value or b"")]).filter(lambda f: f[1]))
+    field, content = data.draw(
+        st.sampled_from([("key", change.key), ("value", change.value or b"")]).filter(lambda f: f[1])
+    )
     bit = data.draw(st.integers(0, len(content) * 8 - 1))
     flipped = (int.from_bytes(content, "big") ^ 1 << bit).to_bytes(len(content), "big")
     fields = {name: getattr(change, name) for name in Change.__struct_fields__}

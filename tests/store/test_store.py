@@ -1,0 +1,610 @@
+"""The store as the rest of mehdb sees it: reads, pages, waiting, damage, and lives that end with kill -9."""
+
+import asyncio
+import itertools
+from pathlib import Path
+from typing import Final
+
+import pytest
+from stores import (
+    catch_up,
+    chain_anew,
+    changes_of,
+    child,
+    elsewhere,
+    enqueue,
+    leading,
+    next_page,
+    opened,
+    outcomes,
+    problems_of,
+    put,
+    sql,
+)
+
+from mehdb.errors import Compacted, DamagedRow, Diverged, KeyNotFound, PeerAnswerInvalid, StaleEpoch
+from mehdb.model import (
+    GENESIS,
+    KEY_BYTES_MAX,
+    ORIGIN,
+    PAGE_BYTES,
+    Chain,
+    Change,
+    Epoch,
+    History,
+    Page,
+    Position,
+    Revision,
+    decode_page,
+    encode_page,
+)
+from mehdb.store import Store, Write
+from mehdb.store.reader import Reader
+
+OTHER_HISTORY: Final = History("f" * 32)
+
+
+async def fill(store: Store, count: int, value: bytes = b"value") -> None:
+    """Write *count* changes of half as many keys."""
+    await outcomes(await enqueue(store, [Write(b"key-%d" % (n // 2), value + b"-%d" % n) for n in range(count)]))
+
+
+# Values.
+
+
+@pytest.mark.parametrize("key", [b"a", b"a/b", b"a%2Fb", "clé/🔑".encode(), b"k" * KEY_BYTES_MAX, b"\n"])
+@pytest.mark.parametrize("value", [b"", b"\0", b"hello", bytes(range(256)) * 4096])
+async def test_a_value_is_read_as_it_was_written(leader: Store, key: bytes, value: bytes) -> None:
+    assert await put(leader, key, value, "text/plain; charset=utf-8") == 1
+    assert leader.get(key) == Change(Revision(1), key, value, "text/plain; charset=utf-8")
+    assert await leader.keys() == [key]
+
+
+async def test_an_empty_value_is_not_a_deletion(leader: Store, follower: Store) -> None:
+    await put(leader, b"empty", b"")
+    await put(leader, b"gone", b"x")
+    await put(leader, b"gone", None)
+    await catch_up(follower, leader)
+    for store in (leader, follower):
+        assert store.get(b"empty") == Change(Revision(1), b"empty", b"")
+        assert store.get(b"gone") is None
+        assert (await store.keys(), store.meta.keys) == ([b"empty"], 1)
+
+
+@pytest.mark.parametrize("content_type", [None, "", "image/png"])
+async def test_the_content_type_is_kept(leader: Store, follower: Store, content_type: str | None) -> None:
+    await put(leader, b"k", b"v", content_type)
+    await catch_up(follower, leader)
+    for store in (leader, follower):
+        change = store.get(b"k")
+        assert change is not None
+        assert change.content_type == content_type
+
+
+async def test_a_content_type_does_not_outlive_its_value(leader: Store) -> None:
+    await put(leader, b"k", b"v", "image/png")
+    await put(leader, b"k", b"w")
+    change = leader.get(b"k")
+    assert change is not None
+    assert change.content_type is None
+
+
+async def test_to_delete_what_is_not_there_changes_nothing(leader: Store) -> None:
+    await put(leader, b"k", b"v")
+    await put(leader, b"k", None)
+    before = leader.meta
+    for key in (b"k", b"never"):
+        with pytest.raises(KeyNotFound):
+            await put(leader, key, None)
+    assert leader.meta == before
+
+
+async def test_keys_that_differ_in_their_bytes_are_different_keys(leader: Store) -> None:
+    keys = [b"a/b", b"a%2Fb", b"a%2fb", b"A/b", b"a//b", b"a/b/", b" a/b", "é".encode(), "e\u0301".encode()]
+    for key in keys:
+        await put(leader, key, b"value of " + key)
+    assert leader.meta.keys == len(keys)
+    for key in keys:
+        change = leader.get(key)
+        assert change is not None
+        assert change.value == b"value of " + key
+
+
+# Listings.
+
+
+async def test_keys_are_listed_in_byte_order_and_pages(leader: Store) -> None:
+    keys = sorted({b"a", b"a/", b"a/1", b"a/10", b"a/2", b"b", "ü".encode(), "🔑".encode(), b"A", b"a0"})
+    for key in reversed(keys):
+        await put(leader, key, b"")
+    assert await leader.keys() == keys
+    listed: list[bytes] = []
+    while page := await leader.keys(after=listed[-1] if listed else b"", limit=3):
+        assert len(page) <= 3
+        listed += page
+    assert listed == keys
+
+
+@pytest.mark.parametrize(
+    ("prefix", "after", "expected"),
+    [
+        (b"a/", b"", [b"a/", b"a/1", b"a/2"]),
+        (b"a/", b"a/", [b"a/1", b"a/2"]),
+        (b"a/", b"a/1", [b"a/2"]),
+        (b"a/", b"a/15", [b"a/2"]),
+        (b"a/", b"a/2", []),
+        (b"a/", b"b", []),
+        (b"a/", b"A", [b"a/", b"a/1", b"a/2"]),
+        (b"a", b"", [b"a", b"a/", b"a/1", b"a/2", b"a0"]),
+        (b"", b"a/2", [b"a0", b"b"]),
+        (b"c", b"", []),
+    ],
+)
+async def test_a_listing_starts_after_a_key_and_within_a_prefix(
+    leader: Store, prefix: bytes, after: bytes, expected: list[bytes]
+) -> None:
+    for key in (b"a", b"a/", b"a/1", b"a/2", b"a0", b"b"):
+        await put(leader, key, b"")
+    assert await leader.keys(prefix, after) == expected
+
+
+async def test_a_deleted_key_is_not_listed(leader: Store) -> None:
+    for key in (b"a", b"b", b"c"):
+        await put(leader, key, b"")
+    await put(leader, b"b", None)
+    assert await leader.keys() == [b"a", b"c"]
+
+
+# History and epoch.
+
+
+async def test_the_first_leader_makes_a_history_and_later_ones_keep_it(directory: Path, tmp_path: Path) -> None:
+    async with opened(directory) as store:
+        assert store.position == Position(None, ORIGIN, GENESIS)
+        await store.lead(Epoch(1))
+        history = store.meta.history
+    async with opened(directory) as store:
+        assert (store.meta.history, store.meta.epoch) == (history, 1)
+        await store.lead(Epoch(2))
+        with pytest.raises(StaleEpoch):
+            await store.lead(Epoch(1))
+    async with opened(directory) as store:
+        assert (store.meta.history, store.meta.epoch) == (history, 2)
+    async with leading(tmp_path / "another") as other:
+        assert other.meta.history
+        assert len(bytes.fromhex(other.meta.history)) == 16
+        assert other.meta.history != history
+
+
+async def test_a_follower_takes_history_and_epoch_from_its_first_page(leader: Store, tmp_path: Path) -> None:
+    await leader.lead(Epoch(4))
+    await put(leader, b"k", b"v")
+    async with opened(tmp_path / "follower") as follower:
+        await follower.apply(await next_page(leader, follower))
+        assert follower.meta == leader.meta
+    async with opened(tmp_path / "follower") as follower:
+        assert follower.meta == leader.meta
+        with pytest.raises(Diverged):
+            await follower.adopt(OTHER_HISTORY, Epoch(9))
+        assert follower.meta == leader.meta
+
+
+async def test_a_refused_page_leaves_the_follower_as_it_was(leader: Store, follower: Store) -> None:
+    """Each kind of bad page is in `test_log`; here, that a store goes on after one."""
+    await fill(leader, 6)
+    page = await next_page(leader, follower)
+    await follower.apply(Page(page.history, page.epoch, ORIGIN, chain_anew(list(page.changes[:2])), page.changes[:2]))
+    before = follower.meta
+    rest = await next_page(leader, follower)
+    flipped = (Change(rest.changes[0].revision, rest.changes[0].key, b"flipped"), *rest.changes[1:])
+    for bad, error in [
+        (page, PeerAnswerInvalid),
+        (Page(rest.history, rest.epoch, rest.after, rest.chain, rest.changes[1:]), PeerAnswerInvalid),
+        (Page(rest.history, rest.epoch, rest.after, rest.chain, flipped), Diverged),
+        (Page(OTHER_HISTORY, rest.epoch, rest.after, rest.chain, rest.changes), Diverged),
+        (Page(rest.history, Epoch(0), rest.after, rest.chain, rest.changes), StaleEpoch),
+    ]:
+        with pytest.raises(error):
+            await follower.apply(bad)
+        assert follower.meta == before
+        assert (await follower.check()).problems == ()
+    assert not follower.failure.done()
+    await follower.apply(rest)
+    assert follower.position == leader.position
+
+
+# Pages.
+
+
+async def test_there_is_no_page_at_the_head(leader: Store, follower: Store) -> None:
+    assert await leader.page_after(leader.position) is None
+    assert await leader.page_after(Position()) is None
+    await fill(leader, 5)
+    assert await leader.page_after(leader.position) is None
+    await catch_up(follower, leader)
+    assert await follower.page_after(leader.position) is None  # any node can answer
+
+
+async def test_a_page_holds_what_follows_a_position(leader: Store) -> None:
+    changes, positions = [], [leader.position]
+    for n in range(5):
+        await put(leader, b"key-%d" % (n % 3), None if n == 3 else b"%d" % n, f"type/{n}")
+        changes.append(Change(Revision(n + 1), b"key-%d" % (n % 3), None if n == 3 else b"%d" % n, f"type/{n}"))
+        positions.append(leader.position)
+    for revision, position in enumerate(positions[:-1]):
+        page = await leader.page_after(position)
+        assert page == Page(
+            leader.meta.history or OTHER_HISTORY, leader.meta.epoch, Revision(revision), chain_anew(changes),
+            tuple(changes[revision:]),
+        )  # fmt: skip
+        assert page.end == leader.position
+    assert await leader.page_after(Position()) == await leader.page_after(positions[0])
+
+
+async def test_a_page_is_about_one_mebibyte(leader: Store, follower: Store) -> None:
+    size_bytes = 50_000
+    await fill(leader, 60, bytes(size_bytes))
+    pages = []
+    while (page := await leader.page_after(follower.position)) is not None:
+        pages.append(page)
+        await follower.apply(decode_page(encode_page(page)))
+    lengths = [len(encode_page(page)) for page in pages]
+    assert all(PAGE_BYTES <= length <= PAGE_BYTES + size_bytes + 1000 for length in lengths[:-1])
+    assert len(pages) == 3
+    assert follower.position == leader.position
+    assert (await follower.check()).problems == ()
+
+
+async def test_a_value_larger_than_a_page_travels_alone(leader: Store, follower: Store) -> None:
+    for key, size_bytes in [(b"large", 3 * PAGE_BYTES), (b"small", 5), (b"larger", 4 * PAGE_BYTES), (b"end", 5)]:
+        await put(leader, key, b"x" * size_bytes)
+    keys = []
+    while (page := await leader.page_after(follower.position)) is not None:
+        keys.append([change.key for change in page.changes])
+        await follower.apply(page)
+    assert keys == [[b"large"], [b"small", b"larger"], [b"end"]]
+    change = follower.get(b"larger")
+    assert change is not None
+    assert change.value == b"x" * 4 * PAGE_BYTES
+
+
+async def test_many_small_changes_fill_a_page(leader: Store) -> None:
+    """A bound in values alone would let a page of deletions or empty values grow without end."""
+    for _ in range(10):
+        await outcomes(await enqueue(leader, [Write(b"%d" % (n % 10), b"") for n in range(4000)]))
+    page = await leader.page_after(Position())
+    assert page is not None
+    assert len(page.changes) < 40_000
+    assert len(encode_page(page)) <= PAGE_BYTES * 1.1
+
+
+async def test_a_page_ends_at_the_head_that_its_reader_was_told(leader: Store, directory: Path) -> None:
+    """Commits that come while a page is read are not in it: its history, epoch and changes are of one moment."""
+    await fill(leader, 5)
+    meta = leader.meta
+    await fill(leader, 5)
+    reader = Reader(directory)
+    page = reader.page(ORIGIN, meta, PAGE_BYTES)
+    assert page is not None
+    assert page.end == meta.position
+    assert reader.page(meta.head, meta, PAGE_BYTES) is None
+    reader.close()
+
+
+async def test_a_position_that_is_no_place_in_the_history_is_diverged(leader: Store) -> None:
+    await fill(leader, 5)
+    await leader.lead(Epoch(2))
+    head = leader.position
+    wrong = [
+        elsewhere(head, revision=Revision(6)),
+        elsewhere(head, chain=GENESIS),
+        elsewhere(head, revision=Revision(3)),
+        elsewhere(head, revision=ORIGIN),
+        elsewhere(head, history=OTHER_HISTORY),
+        Position(OTHER_HISTORY),
+        Position(None, Revision(3), GENESIS),
+        Position(None, ORIGIN, head.chain),
+    ]
+    for position in wrong:
+        with pytest.raises(Diverged):
+            await leader.page_after(position)
+
+
+async def test_a_follower_of_another_history_is_diverged_from_an_empty_node(follower: Store) -> None:
+    with pytest.raises(Diverged):
+        await follower.page_after(Position(OTHER_HISTORY))
+
+
+@pytest.fixture
+async def compacted(directory: Path) -> Path:
+    """A closed store of ten changes to two keys, from which those superseded below revision 6 are gone."""
+    async with leading(directory) as store:
+        for n in range(10):
+            await put(store, b"key-%d" % (n % 2), b"%d" % n)
+    sql(directory, "DELETE FROM change WHERE revision < 6; UPDATE meta SET floor = 6")
+    assert problems_of(directory) == ()
+    return directory
+
+
+@pytest.mark.parametrize("revision", [0, 1, 5])
+async def test_a_position_behind_the_floor_is_compacted(compacted: Path, revision: int) -> None:
+    async with opened(compacted) as store:
+        with pytest.raises(Compacted, match=f"revision {revision} is behind the floor 6"):
+            await store.page_after(Position(store.meta.history, Revision(revision), GENESIS))
+
+
+async def test_pages_go_on_from_the_floor(compacted: Path) -> None:
+    [(chain,)] = sql(compacted, "SELECT chain FROM change WHERE revision = 6")
+    async with opened(compacted) as store:
+        page = await store.page_after(Position(store.meta.history, Revision(6), Chain(chain)))
+        assert page is not None
+        assert [change.revision for change in page.changes] == [7, 8, 9, 10]
+        assert page.end == store.position
+        with pytest.raises(Diverged):
+            await store.page_after(Position(store.meta.history, Revision(6), GENESIS))
+
+
+async def test_a_page_never_has_a_hole(compacted: Path) -> None:
+    """Compaction may come between the look at the floor and the reading of the rows."""
+    async with opened(compacted) as store:
+        reader = Reader(compacted)
+        for after in (0, 4):
+            with pytest.raises(Compacted):
+                reader.page(Revision(after), store.meta, PAGE_BYTES)
+        with pytest.raises(Compacted):
+            reader.chain(Revision(3))
+        reader.close()
+
+
+# Waiting.
+
+
+async def test_a_commit_wakes_all_who_wait_for_it(leader: Store) -> None:
+    waiters = [asyncio.create_task(leader.wait_beyond(Revision(revision), 30)) for revision in (0, 0, 1, 2)]
+    await asyncio.sleep(0)
+    assert [waiter.done() for waiter in waiters] == [False] * 4
+    await put(leader, b"k", b"1")
+    assert await asyncio.wait_for(asyncio.gather(*waiters[:2]), 10) == [True, True]
+    assert [waiter.done() for waiter in waiters[2:]] == [False, False]
+    await put(leader, b"k", b"2")
+    await put(leader, b"k", b"3")
+    assert await asyncio.wait_for(asyncio.gather(*waiters[2:]), 10) == [True, True]
+
+
+async def test_a_page_wakes_who_waits_on_a_follower(leader: Store, follower: Store) -> None:
+    waiter = asyncio.create_task(follower.wait_beyond(ORIGIN, 30))
+    await put(leader, b"k", b"1")
+    await catch_up(follower, leader)
+    assert await asyncio.wait_for(waiter, 10)
+
+
+async def test_a_wait_ends_when_its_time_is_up(leader: Store) -> None:
+    await put(leader, b"k", b"1")
+    async with asyncio.timeout(10):
+        assert await leader.wait_beyond(ORIGIN, 0)
+        assert not await leader.wait_beyond(Revision(1), 0)
+        assert not await leader.wait_beyond(Revision(1), 0.05)
+
+
+async def test_nobody_waits_for_a_store_that_closes(leader: Store) -> None:
+    waiter = asyncio.create_task(leader.wait_beyond(ORIGIN, 30))
+    await asyncio.sleep(0)
+    leader.stop_waiting()
+    async with asyncio.timeout(10):
+        assert not await waiter
+        assert not await leader.wait_beyond(ORIGIN, 30)
+        assert await put(leader, b"k", b"1") == 1  # only the waiting has ended
+        assert await leader.wait_beyond(ORIGIN, 30)
+
+
+# Damage.
+
+KEY: Final = b"the key"
+VALUE: Final = b"the value"
+TYPE: Final = "text/plain"
+ROW: Final = KEY + VALUE + TYPE.encode()  # how SQLite lays the three columns out
+
+
+@pytest.fixture
+async def to_damage(directory: Path) -> Path:
+    """A closed store with one row to damage, between two others."""
+    async with leading(directory) as store:
+        await put(store, b"before", b"1")
+        await put(store, KEY, VALUE, TYPE)
+        await put(store, b"after", b"3")
+    return directory
+
+
+def flip(directory: Path, offset: int, bit: int = 0) -> None:
+    """Flip one bit of the row in the file, *offset* bytes from its key; its CRC follows the last of `ROW`."""
+    path = directory / "store.db"
+    data = bytearray(path.read_bytes())
+    assert data.count(ROW) == 1
+    data[data.index(ROW) + offset] ^= 1 << bit
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("bit", [0, 7])
+@pytest.mark.parametrize(
+    "offset",
+    [
+        pytest.param(0, id="key"),
+        pytest.param(len(KEY) - 1, id="end of the key"),
+        pytest.param(len(KEY), id="value"),
+        pytest.param(len(KEY + VALUE) - 1, id="end of the value"),
+        pytest.param(len(KEY + VALUE), id="content type"),
+        pytest.param(len(ROW) - 1, id="end of the content type"),
+        pytest.param(len(ROW), id="crc"),
+    ],
+)
+async def test_a_flipped_bit_is_never_served(to_damage: Path, offset: int, bit: int) -> None:
+    flip(to_damage, offset, bit)
+    async with opened(to_damage) as store:
+        with pytest.raises(DamagedRow, match="read another node"):
+            store.get(KEY)
+        with pytest.raises(DamagedRow, match="revision 2 is damaged"):
+            await store.page_after(Position())
+        problems = (await store.check()).problems
+        assert [line for line in problems if line.startswith("revision 2: the CRC")]
+        for key, value in [(b"before", b"1"), (b"after", b"3")]:  # the others are as good as ever
+            change = store.get(key)
+            assert change is not None
+            assert change.value == value
+
+
+async def test_no_bit_of_a_row_can_flip_unseen(to_damage: Path) -> None:
+    original = (to_damage / "store.db").read_bytes()
+    for offset, bit in itertools.product(range(len(ROW)), range(8)):
+        (to_damage / "store.db").write_bytes(original)
+        flip(to_damage, offset, bit)
+        reader = Reader(to_damage)
+        with pytest.raises(DamagedRow):
+            reader.get(KEY)
+        reader.close()
+
+
+async def test_a_damaged_row_can_be_written_anew(to_damage: Path) -> None:
+    flip(to_damage, len(KEY))
+    async with opened(to_damage) as store:
+        await put(store, KEY, b"new")
+        change = store.get(KEY)
+        assert change is not None
+        assert change.value == b"new"
+        with pytest.raises(DamagedRow):  # the log still holds the damage
+            await store.page_after(Position())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE entry SET revision = 1 WHERE revision = 2",
+        "UPDATE change SET value = NULL WHERE revision = 2",
+        "UPDATE change SET expires_at = 7 WHERE revision = 2",
+        "UPDATE change SET expires_at = -2 WHERE revision = 2",
+        "UPDATE change SET revision = -2 WHERE revision = 2; UPDATE entry SET revision = -2 WHERE revision = 2",
+        "UPDATE change SET content_type = NULL WHERE revision = 2",
+    ],
+)
+async def test_a_row_that_says_anything_else_than_was_written_is_never_served(to_damage: Path, statement: str) -> None:
+    sql(to_damage, statement)
+    async with opened(to_damage) as store:
+        with pytest.raises(DamagedRow):
+            store.get(KEY)
+
+
+async def test_an_index_that_leads_to_a_deletion_is_damage(directory: Path) -> None:
+    async with leading(directory) as store:
+        await put(store, b"k", b"v")
+        await put(store, b"k", None)
+    sql(directory, "INSERT INTO entry VALUES (x'6B', 2)")
+    async with opened(directory) as store:
+        with pytest.raises(DamagedRow):
+            store.get(b"k")
+
+
+async def test_a_torn_page_of_the_file_is_never_served(directory: Path) -> None:
+    async with leading(directory) as store:
+        await outcomes(await enqueue(store, [Write(b"key-%03d" % n, b"value" * 50) for n in range(200)]))
+    [(number,)] = sql(directory, "SELECT max(pageno) FROM dbstat WHERE name = 'change'")
+    with (directory / "store.db").open("r+b") as file:
+        file.seek((number - 1) * 4096)
+        file.write(b"\xa5" * 4096)
+    async with opened(directory) as store:
+        with pytest.raises(DamagedRow):
+            store.get(b"key-199")
+        with pytest.raises(DamagedRow):
+            await store.page_after(Position())
+        change = store.get(b"key-000")
+        assert change is not None
+        assert change.value == b"value" * 50
+
+
+# Lives that end suddenly.
+
+WRITER = """
+import asyncio, itertools, sys
+from pathlib import Path
+from mehdb.errors import KeyNotFound
+from mehdb.store import Store, Write
+
+async def main():
+    store = await Store.open(Path(sys.argv[1]))
+    epoch = store.meta.epoch + 1
+    await store.lead(epoch)
+
+    async def client(name):
+        for n in itertools.count():
+            key = f"{name}-{n % 5}"
+            value = None if n % 7 == 6 else f"{epoch}-{n}" * (n % 300)
+            revision = await store.write(Write(key.encode(), value if value is None else value.encode()))
+            print(revision, key, "deleted" if value is None else "=" + value, flush=True)
+
+    await asyncio.gather(*[client(name) for name in range(8)])
+
+asyncio.run(main())
+"""
+
+
+async def test_what_was_acknowledged_before_a_kill_is_there_after_it(directory: Path) -> None:
+    acknowledged: dict[int, tuple[bytes, bytes | None]] = {}
+    for life, lines_before_the_kill in enumerate((1, 400, 150), start=1):
+        with child(WRITER, directory) as writer:
+            assert writer.stdout
+            lines = [writer.stdout.readline() for _ in range(lines_before_the_kill)]
+            writer.kill()
+            lines += writer.stdout.readlines()
+        for line in lines:
+            if line.endswith("\n"):
+                revision, key, value = line.split()
+                acknowledged[int(revision)] = key.encode(), None if value == "deleted" else value[1:].encode()
+        async with opened(directory) as store:
+            assert store.head >= max(acknowledged)
+            assert store.meta.epoch == life
+            assert (await store.check()).problems == ()
+        changes = {change.revision: (change.key, change.value) for change in changes_of(directory)}
+        assert list(changes) == list(range(1, len(changes) + 1))
+        assert {revision: changes[Revision(revision)] for revision in acknowledged} == acknowledged
+    assert len(acknowledged) >= 551
+
+
+FOLLOWER = """
+import asyncio, sys
+from pathlib import Path
+from mehdb.model import decode_page
+from mehdb.store import Store
+
+async def main():
+    store = await Store.open(Path(sys.argv[1]))
+    pages = [decode_page(path.read_bytes()) for path in sorted(Path(sys.argv[2]).iterdir())]
+    for page in pages:
+        if page.after >= store.head:
+            await store.apply(page)
+            print(store.head, flush=True)
+    sys.stdin.read()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_follower_killed_among_its_pages_goes_on_where_its_disk_says(leader: Store, tmp_path: Path) -> None:
+    await fill(leader, 60)
+    folder, reader = tmp_path / "pages", Reader(tmp_path / "leader")
+    folder.mkdir()
+    for n in range(20):
+        page = reader.page(Revision(3 * n), leader.meta, 100)
+        assert page is not None
+        assert len(page.changes) == 3
+        (folder / f"{n:02}").write_bytes(encode_page(page))
+    reader.close()
+    for pages_before_the_kill in (1, 4, 3):
+        with child(FOLLOWER, tmp_path / "follower", folder) as process:
+            assert process.stdout
+            applied = [int(process.stdout.readline()) for _ in range(pages_before_the_kill)]
+            process.kill()
+        async with opened(tmp_path / "follower") as follower:
+            assert follower.head >= applied[-1]
+            assert follower.head % 3 == 0  # whole pages only
+            assert (await follower.check()).problems == ()
+    async with opened(tmp_path / "follower") as follower:
+        await catch_up(follower, leader)
+        assert follower.position == leader.position

@@ -1,0 +1,432 @@
+"""Group commit, the bounded queue, and what happens when the disk does not do as it is told."""
+
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import apsw
+import pytest
+from disk import DATABASE, WAL, Disk
+from stores import child, enqueue, leading, next_page, opened, outcomes, put, sql, tables_of, until
+
+from mehdb.errors import DiskFull, Diverged, KeyNotFound, QueueFull, Stopping, StoreFailed
+from mehdb.model import Epoch, History, Position
+from mehdb.store import Store, Write
+from mehdb.store.log import Log
+from mehdb.store.schema import open_writer
+from mehdb.store.writer import BATCH_BYTES_MAX, BATCH_WRITES_MAX, CHECKPOINT_PAGES, WRITE_OVERHEAD_BYTES, Writer
+
+HISTORY: Final = History("0123456789abcdef" * 2)
+
+
+def sets(count: int, value: bytes = b"value", first: int = 0) -> Iterable[Write]:
+    """Return *count* writes of different keys."""
+    return [Write(b"key-%d" % n, value) for n in range(first, first + count)]
+
+
+async def held(disk: Disk) -> None:
+    """Wait until a commit stands before its sync."""
+    assert await asyncio.to_thread(disk.waiting.wait, 10)
+
+
+async def one_in_flight(store: Store, disk: Disk) -> "asyncio.Task[int]":
+    """Return a write whose commit stands before its sync: what is enqueued now waits for the batch after it."""
+    [task] = await enqueue(store, [Write(b"first", b"in flight")])
+    await held(disk)
+    return task
+
+
+# Acknowledging.
+
+
+async def test_a_write_is_neither_acknowledged_nor_shown_before_its_sync(
+    disk: Disk, leader: Store, directory: Path
+) -> None:
+    await put(leader, b"key", b"old")
+    before, tables, syncs = leader.position, tables_of(directory), disk.syncs[WAL]
+    with disk.holding():
+        [task] = await enqueue(leader, [Write(b"key", b"new")])
+        await held(disk)
+        assert not task.done()
+        change = leader.get(b"key")
+        assert change is not None
+        assert (change.value, leader.position, tables_of(directory)) == (b"old", before, tables)
+        assert await leader.page_after(before) is None
+        assert not await leader.wait_beyond(before.revision, 0)
+        assert disk.syncs[WAL] == syncs
+    assert await task == 2
+    assert disk.syncs[WAL] == syncs + 1
+    change = leader.get(b"key")
+    assert change is not None
+    assert (change.value, change.revision, leader.head) == (b"new", 2, 2)
+
+
+async def test_every_acknowledged_write_survives_a_power_loss(disk: Disk, directory: Path, tmp_path: Path) -> None:
+    images = []
+    async with leading(directory) as store:
+        for n in range(12):
+            results = await outcomes(await enqueue(store, sets(3, b"%d" % n, first=n)))
+            assert results == [3 * n + 1, 3 * n + 2, 3 * n + 3]
+            images.append((store.meta, disk.after_power_loss(tmp_path / f"image-{n}")))
+            if n == 5:
+                await store.close()
+                store = await Store.open(directory)
+    for meta, image in images:
+        async with opened(image) as survivor:
+            assert survivor.meta == meta
+            assert (await survivor.check()).problems == ()
+
+
+async def test_an_applied_page_survives_a_power_loss(leader: Store, disk: Disk, tmp_path: Path) -> None:
+    await outcomes(await enqueue(leader, sets(10)))
+    async with opened(tmp_path / "follower") as follower:
+        await follower.apply(await next_page(leader, follower))
+        image = disk.after_power_loss(tmp_path / "image")
+    async with opened(image) as survivor:
+        assert survivor.position == leader.position
+
+
+async def test_an_epoch_survives_a_power_loss(disk: Disk, leader: Store, tmp_path: Path) -> None:
+    await leader.lead(Epoch(5))
+    async with opened(disk.after_power_loss(tmp_path / "image")) as survivor:
+        assert survivor.meta == leader.meta
+        assert survivor.meta.epoch == 5
+
+
+# Group commit.
+
+
+async def test_writes_that_wait_together_are_committed_together(disk: Disk, leader: Store) -> None:
+    commits, syncs = leader.commits, disk.syncs[WAL]
+    with disk.holding():
+        first = await one_in_flight(leader, disk)
+        rest = await enqueue(leader, sets(500))
+    assert await outcomes([first, *rest]) == list(range(1, 502))
+    assert leader.commits == commits + 2
+    assert disk.syncs[WAL] == syncs + 2
+    assert (leader.head, leader.meta.keys, leader.queue_bytes) == (501, 501, 0)
+
+
+async def test_outcomes_within_a_batch_are_decided_in_order(disk: Disk, leader: Store) -> None:
+    commits = leader.commits
+    with disk.holding():
+        first = await one_in_flight(leader, disk)
+        rest = await enqueue(
+            leader,
+            [
+                Write(b"k", b"1"),
+                Write(b"k", None),
+                Write(b"k", None),
+                Write(b"first", None),
+                Write(b"k", b"2"),
+                Write(b"absent", None),
+                Write(b"k", b"3"),
+            ],
+        )
+    assert await outcomes([first, *rest]) == [1, 2, 3, KeyNotFound, 4, 5, KeyNotFound, 6]
+    assert leader.commits == commits + 2
+    assert (leader.get(b"first"), leader.meta.keys, leader.head) == (None, 1, 6)
+    change = leader.get(b"k")
+    assert change is not None
+    assert (change.value, change.revision) == (b"3", 6)
+
+
+async def test_a_batch_is_bounded_in_writes(disk: Disk, leader: Store) -> None:
+    commits = leader.commits
+    with disk.holding():
+        first = await one_in_flight(leader, disk)
+        rest = await enqueue(leader, sets(2 * BATCH_WRITES_MAX + 1))
+    assert await outcomes([first, *rest]) == list(range(1, 2 * BATCH_WRITES_MAX + 3))
+    assert leader.commits == commits + 4
+
+
+async def test_a_batch_is_bounded_in_bytes(disk: Disk, leader: Store) -> None:
+    commits = leader.commits
+    with disk.holding():
+        first = await one_in_flight(leader, disk)
+        rest = await enqueue(leader, sets(5, bytes(BATCH_BYTES_MAX // 2)))
+    assert await outcomes([first, *rest]) == [1, 2, 3, 4, 5, 6]
+    assert leader.commits == commits + 4
+
+
+async def test_many_writers_need_far_fewer_commits_than_writes(leader: Store) -> None:
+    commits = leader.commits
+
+    async def client(name: int) -> None:
+        for n in range(10):
+            await put(leader, b"%d-%d" % (name, n), b"value")
+
+    await asyncio.gather(*[client(name) for name in range(64)])
+    assert leader.head == 640
+    assert leader.commits - commits <= 640 / 8
+
+
+async def test_what_failed_is_not_counted_as_a_commit(leader: Store) -> None:
+    commits = leader.commits
+    with pytest.raises(Diverged):
+        await leader.adopt(HISTORY, leader.meta.epoch)
+    await leader.adopt(leader.meta.history or HISTORY, leader.meta.epoch)  # says nothing new
+    assert leader.commits == commits
+
+
+# The queue.
+
+
+async def test_a_full_queue_refuses_and_recovers(disk: Disk, directory: Path) -> None:
+    size_bytes = len(b"key-0") + 1000 + WRITE_OVERHEAD_BYTES
+    first_bytes = len(b"first") + len(b"in flight") + WRITE_OVERHEAD_BYTES
+    async with leading(directory, queue_bytes_max=first_bytes + 3 * size_bytes) as store:
+        with disk.holding():
+            first = await one_in_flight(store, disk)
+            taken = await enqueue(store, sets(3, bytes(1000)))
+            assert store.queue_bytes == first_bytes + 3 * size_bytes
+            refused = await enqueue(store, [*sets(2, bytes(1000), first=3), Write(b"k", b""), Write(b"first", None)])
+            assert await outcomes(refused) == [QueueFull] * 4
+            assert store.queue_bytes == first_bytes + 3 * size_bytes
+        assert await outcomes([first, *taken]) == [1, 2, 3, 4]
+        assert store.queue_bytes == 0
+        assert await outcomes(await enqueue(store, sets(3, bytes(1000), first=10))) == [5, 6, 7]
+        assert await store.keys() == [b"first", b"key-0", b"key-1", b"key-10", b"key-11", b"key-12", b"key-2"]
+
+
+async def test_a_full_queue_says_when_to_come_back(disk: Disk, directory: Path) -> None:
+    async with leading(directory, queue_bytes_max=1) as store:
+        with disk.holding():
+            first = await one_in_flight(store, disk)
+            with pytest.raises(QueueFull, match="bytes wait to be written, nothing of this was") as caught:
+                await put(store, b"k", b"v")
+        assert caught.value.retry_after_s
+        assert await first == 1
+
+
+async def test_an_empty_queue_takes_a_value_that_is_larger_than_itself(directory: Path) -> None:
+    async with leading(directory, queue_bytes_max=1000) as store:
+        assert await put(store, b"large", bytes(5000)) == 1
+        assert await put(store, b"larger", bytes(50_000)) == 2
+
+
+async def test_a_cancelled_writer_still_commits(disk: Disk, leader: Store) -> None:
+    """Its client has gone, its write has not, and its bytes go out of the queue like any other's."""
+    with disk.holding():
+        first = await one_in_flight(leader, disk)
+        tasks = await enqueue(leader, sets(3))
+        tasks[1].cancel()
+        first.cancel()
+        await until(lambda: first.done() and tasks[1].done())
+        assert leader.queue_bytes > 0
+    assert await outcomes([first, *tasks]) == [asyncio.CancelledError, 2, asyncio.CancelledError, 4]
+    assert leader.queue_bytes == 0
+    assert leader.head == 4
+    assert await leader.keys() == [b"first", b"key-0", b"key-1", b"key-2"]
+
+
+async def test_a_page_waits_for_the_writes_before_it_and_goes_before_those_after_it(disk: Disk, leader: Store) -> None:
+    with disk.holding():
+        first = await one_in_flight(leader, disk)
+        before = await enqueue(leader, sets(3))
+        epoch = asyncio.create_task(leader.adopt(leader.meta.history or HISTORY, Epoch(7)))
+        await asyncio.sleep(0)
+        wrong = asyncio.create_task(leader.adopt(HISTORY, Epoch(7)))
+        await asyncio.sleep(0)
+        after = await enqueue(leader, sets(3))
+        commits = leader.commits
+    assert await outcomes([first, *before, *after]) == [1, 2, 3, 4, 5, 6, 7]
+    await epoch
+    with pytest.raises(Diverged):
+        await wrong
+    assert leader.meta.epoch == 7
+    assert leader.commits == commits + 4  # the first, those before, the epoch, those after, and not the wrong one
+
+
+# Closing.
+
+
+async def test_a_close_finishes_what_is_queued(disk: Disk, directory: Path) -> None:
+    store = await Store.open(directory)
+    await store.lead(Epoch(1))
+    with disk.holding():
+        first = await one_in_flight(store, disk)
+        rest = await enqueue(store, sets(50))
+        closing = asyncio.create_task(store.close())
+        await asyncio.sleep(0)
+    await closing
+    assert await outcomes([first, *rest]) == list(range(1, 52))
+    async with opened(directory) as store:
+        assert (store.head, store.meta.keys) == (51, 51)
+
+
+async def test_a_write_after_the_close_is_refused(directory: Path) -> None:
+    store = await Store.open(directory)
+    await store.lead(Epoch(1))
+    await store.close()
+    async with asyncio.timeout(10):
+        with pytest.raises(Stopping):
+            await put(store, b"k", b"v")
+        with pytest.raises(Stopping):
+            await store.lead(Epoch(2))
+
+
+async def test_a_close_leaves_everything_in_one_file(directory: Path) -> None:
+    async with leading(directory) as store:
+        await outcomes(await enqueue(store, sets(50)))
+    assert not (directory / WAL).exists() or (directory / WAL).stat().st_size == 0
+    (directory / WAL).unlink(missing_ok=True)
+    async with opened(directory) as store:
+        assert store.head == 50
+
+
+# Failures of the disk.
+
+
+@pytest.mark.parametrize(("operation", "file"), [("sync", WAL), ("write", WAL)])
+async def test_a_failed_write_or_sync_is_final(disk: Disk, directory: Path, operation: str, file: str) -> None:
+    """Even though the very next sync would succeed: it proves nothing about what the failed one lost."""
+    async with leading(directory) as store:
+        await outcomes(await enqueue(store, sets(3)))
+        before = store.meta
+        assert not store.failure.done()
+        disk.fail_next(operation, file, apsw.IOError("injected"))
+        with pytest.raises(StoreFailed, match="restart the node: IOError"):
+            await put(store, b"lost", b"?")
+        assert isinstance(await asyncio.wait_for(store.failure, 10), StoreFailed)
+        assert await outcomes(await enqueue(store, [*sets(2), Write(b"key-0", None)])) == [StoreFailed] * 3
+        with pytest.raises(StoreFailed):
+            await store.lead(Epoch(2))
+        assert (store.meta, store.queue_bytes, store.get(b"lost")) == (before, 0, None)
+        change = store.get(b"key-0")  # reads go on
+        assert change is not None
+        assert change.value == b"value"
+    async with opened(directory) as store:
+        assert store.head in (3, 4)  # the lost one was not acknowledged: it may be there or not
+        assert (await store.check()).problems == ()
+
+
+async def test_a_failure_reaches_all_who_wait(disk: Disk, leader: Store) -> None:
+    with disk.holding():
+        first = await one_in_flight(leader, disk)
+        rest = await enqueue(leader, sets(5))
+        disk.fail_next("sync", WAL, apsw.IOError("injected"))
+    assert await outcomes([first, *rest]) == [StoreFailed] * 6
+    assert (leader.head, leader.queue_bytes) == (0, 0)
+    assert leader.failure.done()
+
+
+async def test_a_failed_checkpoint_is_a_failure_though_nobody_writes(disk: Disk, leader: Store) -> None:
+    disk.fail_next("sync", DATABASE, apsw.IOError("injected"))
+    pages = 0
+    while pages < CHECKPOINT_PAGES:
+        await put(leader, b"large", bytes(8 << 20))
+        pages += (8 << 20) // 4096
+    assert isinstance(await asyncio.wait_for(leader.failure, 10), StoreFailed)
+
+
+async def test_the_wal_is_checkpointed_before_it_grows_long(leader: Store, directory: Path) -> None:
+    for n in range(20):
+        await put(leader, b"large", bytes([n]) * (4 << 20))
+    assert (directory / WAL).stat().st_size < CHECKPOINT_PAGES * 4096 * 2
+
+
+async def test_a_full_disk_fails_the_batch_and_the_store_lives_on(disk: Disk, leader: Store) -> None:
+    await put(leader, b"key-0", b"old")
+    before, commits = leader.meta, leader.commits
+    with disk.holding():
+        first = await one_in_flight(leader, disk)
+        rest = await enqueue(leader, sets(3))
+        disk.fail_next("write", WAL, apsw.FullError("injected"))
+    assert await first == 2
+    assert await outcomes(rest) == [DiskFull] * 3
+    assert (leader.head, leader.meta.keys, leader.commits) == (2, before.keys + 1, commits + 1)
+    assert not leader.failure.done()
+    change = leader.get(b"key-0")
+    assert change is not None
+    assert change.value == b"old"
+    assert await outcomes(await enqueue(leader, sets(3))) == [3, 4, 5]
+    assert (await leader.check()).problems == ()
+
+
+async def test_a_page_that_found_no_room_can_be_applied_again(disk: Disk, leader: Store, follower: Store) -> None:
+    await outcomes(await enqueue(leader, sets(10)))
+    page = await next_page(leader, follower)
+    await until(lambda: leader.queue_bytes == 0)
+    disk.fail_next("write", WAL, apsw.FullError("injected"))
+    with pytest.raises(DiskFull):
+        await follower.apply(page)
+    assert follower.position == Position()
+    await follower.apply(page)
+    assert follower.position == leader.position
+
+
+async def test_sqlite_that_may_not_grow_its_file_reports_a_full_disk(volume: Path) -> None:
+    """SQLite's own limit on the pages of a file, which it answers like a volume without room."""
+    connection = open_writer(volume)
+    writer = Writer(connection, 64 << 20, lambda: None)
+
+    async def allow(pages: int) -> None:
+        await writer.run(lambda _: connection.pragma("max_page_count", pages))
+
+    await writer.run(lambda log: log.adopt(HISTORY, Epoch(1)))
+    assert await writer.write(Write(b"small", b"1")) == 1
+    await allow(connection.pragma("page_count") + 10)
+    for _ in range(3):
+        with pytest.raises(DiskFull, match="make room"):
+            await writer.write(Write(b"large", bytes(1 << 20)))
+    assert await writer.write(Write(b"small", b"2")) == 2
+    assert not writer.failure.done()
+    await allow(1 << 30)
+    assert await writer.write(Write(b"large", bytes(1 << 20))) == 3
+    await writer.close()
+    assert sql(volume, "SELECT key, revision FROM entry ORDER BY key") == [(b"large", 3), (b"small", 2)]
+
+
+FILE_TOO_LARGE = """
+import asyncio, resource, signal, sys
+from pathlib import Path
+from mehdb.errors import MehdbError
+from mehdb.store import Store, Write
+
+def limit(size_bytes):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, resource.RLIM_INFINITY))
+
+async def main():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    store = await Store.open(Path(sys.argv[1]))
+    await store.lead(1)
+    limit(300_000)
+    for n in range(100):
+        if n == 50:
+            limit(resource.RLIM_INFINITY)
+        try:
+            print(await store.write(Write(b"key-%d" % n, bytes(10_000))))
+        except MehdbError as error:
+            print(error.code)
+    print("failed" if store.failure.done() else "well")
+    await store.close()
+
+asyncio.run(main())
+"""
+
+
+async def test_the_kernels_refusal_of_a_write_is_final(directory: Path) -> None:
+    """A real error of the kernel: the WAL may grow no further (EFBIG), and later it may again."""
+    with child(FILE_TOO_LARGE, directory) as writer:
+        output, _ = writer.communicate(timeout=60)
+    assert writer.returncode == 0
+    *lines, state = output.split()
+    acknowledged = [int(line) for line in lines if line.isdigit()]
+    assert 5 < len(acknowledged) < 50
+    assert lines == [*map(str, range(1, len(acknowledged) + 1)), *["store_failed"] * (100 - len(acknowledged))]
+    assert state == "failed"
+    async with opened(directory) as store:
+        assert store.head >= len(acknowledged)
+        assert (await store.check()).problems == ()
+        assert await put(store, b"again", b"1") == store.head
+
+
+def test_a_log_that_cannot_be_read_is_no_writer(tmp_path: Path) -> None:
+    open_writer(tmp_path).close()
+    sql(tmp_path, "DELETE FROM meta")
+    connection = open_writer(tmp_path)
+    with pytest.raises(StoreFailed, match="`meta` has no row"):
+        Log(connection)
+    connection.close()
