@@ -30,7 +30,10 @@ def _option(name: str) -> Any:
     about = next(setting for setting in SETTINGS if setting.name == name).metadata
     default = about["shown"] or about["default"]
     return typer.Option(
-        flag(name), help=f"{about['help']} (env {about['variable']}, default {default})", show_default=False
+        flag(name),
+        help=f"{about['help']} (env {about['variable']}, default {default})",
+        metavar=None if name == "local" else "VALUE",
+        show_default=False,
     )
 
 

@@ -5,6 +5,7 @@ each new connection, so a pod that moved is found at its new address.
 """
 
 import asyncio
+import re
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
@@ -26,6 +27,8 @@ from mehdb.model import (
 CONNECT_TIMEOUT_S: Final = 3.0  # a dead address answers nothing: two retries of the kernel's SYN
 ANSWER_TIMEOUT_S: Final = 10.0  # between two chunks of an answer, beyond the time that it was asked to wait
 PAGE_TIMEOUT_S: Final = 60.0  # for a whole page of the largest size, beyond that: 1 MiB/s
+HISTORY: Final = re.compile("[0-9a-f]{32}")
+NUMBER: Final = re.compile("[0-9]{1,18}")  # below 2**63: what a column can hold
 
 
 class Pull(NamedTuple):
@@ -71,9 +74,12 @@ class Peer:
             query["history"], query["chain"] = position.history, position.chain.hex()
         try:
             async with asyncio.timeout(wait_s + PAGE_TIMEOUT_S):
-                return await self._pull(query, wait_s)
+                pull = await self._pull(query, wait_s)
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
             raise PeerUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
+        if pull.page is None and pull.head != position.revision:
+            raise PeerAnswerInvalid(f"{self.url}: nothing after revision {position.revision}, yet its head is {pull.head}")
+        return pull
 
     async def status(self) -> NodeStatus:
         """Return what the peer says of itself. Raises `PeerUnreachable` and `PeerAnswerInvalid`."""
@@ -94,12 +100,13 @@ class Peer:
             raise Compacted(_message(body))
         if answer.status_code not in (200, 204):
             raise PeerUnreachable(f"{self.url} answered {answer.status_code}: {_message(body)}")
-        try:
-            history, epoch, head = (answer.headers[f"Mehdb-{name}"] for name in ("History", "Epoch", "Revision"))
-            page = decode_page(body) if answer.status_code == 200 else None
-            return Pull(History(history), Epoch(int(epoch)), Revision(int(head)), page)
-        except (KeyError, ValueError) as error:
-            raise PeerAnswerInvalid(f"{self.url} is no mehdb node, or of another version: {error!r}") from error
+        history, epoch, head = (answer.headers.get(f"Mehdb-{name}", "") for name in ("History", "Epoch", "Revision"))
+        if not (HISTORY.fullmatch(history) and NUMBER.fullmatch(epoch) and NUMBER.fullmatch(head)):
+            raise PeerAnswerInvalid(f"{self.url} is no mehdb node, or of another version: its answer lacks our headers")
+        page = decode_page(body) if answer.status_code == 200 else None
+        if page is not None and (page.history != history or not page.changes):
+            raise PeerAnswerInvalid(f"{self.url}: a page of nothing, or of another history than {history}")
+        return Pull(History(history), Epoch(int(epoch)), Revision(int(head)), page)
 
 
 async def _body(answer: httpx.Response) -> bytes:

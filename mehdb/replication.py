@@ -40,7 +40,8 @@ class Follower:
         self._target: Revision | None = None  # the head to reach before serving: the leader's when first asked
         self._head: Revision | None = None  # the leader's, when last heard
         self._heard_at_s: float | None = None
-        self._error: MehdbError | None = None  # why the leader was not followed at the last attempt
+        self._error: MehdbError | None = None  # why the leader is not followed, None while it is
+        self._progress = 0  # how often it was: a failure after some is a new one
 
     @property
     def problem(self) -> str | None:
@@ -64,14 +65,14 @@ class Follower:
         """Follow the leader for ever, with pauses when that fails. Raises only what no retry can mend."""
         delay_s = BACKOFF_LEAST_S
         while True:
-            asked_at_s = monotonic()
+            progress = self._progress
             try:
                 await self._follow()
             except (PeerError, Diverged, Compacted, DiskFull) as error:
                 self._note_failure(error)
             if isinstance(self._error, Diverged | Compacted):
                 delay_s = DIVERGED_RETRY_S
-            elif self._heard_at_s is not None and self._heard_at_s >= asked_at_s:  # it answered: a new disturbance
+            elif self._progress > progress:
                 delay_s = BACKOFF_LEAST_S
             # Jitter, so that followers that lost their leader together do not all come back together.
             await asyncio.sleep(delay_s * random.uniform(0.5, 1))  # noqa: S311  no secret
@@ -108,12 +109,13 @@ class Follower:
         wait_s = WAIT_S if self.state is State.SERVING else 0.0
         pull = await self._leader.pull(position, node=self._node, durable=self._store.head, wait_s=wait_s)
         self._head, self._heard_at_s = pull.head, monotonic()
-        if self._target is None:
-            self._target = pull.head
+        # A leader may come back with less than it had when first asked: there is no more to reach than there is.
+        self._target = pull.head if self._target is None else min(self._target, pull.head)
         return pull
 
     def _note_progress(self) -> None:
         """The leader has recognised this store's position, and what it sent is durable here."""
+        self._progress += 1
         if self._error is not None:
             log.info("leader back url=%s revision=%d", self._leader.url, self._store.head)
             self._error = None
@@ -124,9 +126,11 @@ class Follower:
             log.info("synced revision=%d leader=%s", self._store.head, self._leader.url)
 
     def _note_failure(self, error: MehdbError) -> None:
+        if self.state is State.DIVERGED and not isinstance(error, Diverged):
+            return  # a leader that is away as well makes that no better: the first reason stands
         if self._error is None or self._error.code != error.code:
             level = logging.ERROR if isinstance(error, Diverged | Compacted) else logging.WARNING
-            log.log(level, "leader not followed code=%s leader=%s reason=%s", error.code, self._leader.url, error)
-        self._error = error
+            log.log(level, 'leader not followed code=%s leader=%s reason="%s"', error.code, self._leader.url, error)
         if isinstance(error, Diverged):
             self.state, self._target = State.DIVERGED, None
+        self._error = error

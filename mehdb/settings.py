@@ -247,9 +247,7 @@ def _missing_leader(settings: Settings) -> list[str]:
     if settings.peers:
         if len(settings.peers) > settings.leader_ordinal:
             return []
-        return [
-            f"--peers: ordinal {settings.leader_ordinal} leads, but there are only {len(settings.peers)} URLs: add the leader's"
-        ]
+        return [f"--peers: the URL of the leader, ordinal {settings.leader_ordinal}, is missing: add it"]
     if settings.fqdn is None:
         return [
             f"--peers: missing: {settings.host!r} has ordinal {settings.ordinal}, so this node follows ordinal "

@@ -25,6 +25,8 @@ T = TypeVar("T")
 ADDRESS = "127.0.0.1"
 DEADLINE_S = 20.0  # for what takes well under a second on an idle machine
 PAUSE_S = 0.02
+# One for all: making one takes longer than a request. It keeps no connections, as the node at the other end may die.
+CLIENT = httpx.Client(timeout=DEADLINE_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 def eventually(look: Callable[[], T], what: str, deadline_s: float = DEADLINE_S) -> T:
@@ -115,7 +117,7 @@ class Node:
         return self.request("PUT", f"/set/{key}", content=value, **options)
 
     def request(self, method: str, target: str, **options: Any) -> httpx.Response:
-        return httpx.request(method, self.url + target, timeout=DEADLINE_S, trust_env=False, **options)
+        return CLIENT.request(method, self.url + target, **options)
 
     def status(self) -> NodeStatus:
         return decode_status(self.get("/status", headers={"Accept": "application/json"}).content)

@@ -13,7 +13,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from mehdb.errors import MehdbError, MethodNotAllowed
+from mehdb.errors import BodyTooSlow, MehdbError, MethodNotAllowed
 
 TEXT: Final = "text/plain; charset=utf-8"
 JSON: Final = "application/json"
@@ -53,8 +53,9 @@ class Answer(web.StreamResponse):
     def complete(self, request: web.BaseRequest, common_headers: str) -> None:
         """Serialise the head, with the headers that every answer bears."""
         # A client that still waits for `100 Continue` may send its body after a final answer, or may not (RFC 9110,
-        # 10.1.1): only the end of the connection tells the next request from a body that comes after all.
-        owes_body = not request.content.is_eof() and "Expect" in request.headers
+        # 10.1.1), and so may one that was too slow: only the end of the connection tells the next request from a body
+        # that comes after all.
+        owes_body = not request.content.is_eof() and ("Expect" in request.headers or self.status == BodyTooSlow.status)
         self._keep_alive = request.keep_alive and not owes_body
         lines = [STATUS_LINES[self.status], common_headers, self.header_lines]
         if self.status not in BODILESS:

@@ -14,7 +14,7 @@ from typing import Final
 
 import apsw
 
-from mehdb.errors import StoreFailed, UnknownSchema, UnsafeSqlite
+from mehdb.errors import StoreError, StoreFailed, UnknownSchema, UnsafeSqlite
 from mehdb.model import GENESIS, ORIGIN, Chain, Epoch, History, Position, Revision
 
 FILE_NAME: Final = "store.db"
@@ -83,7 +83,7 @@ def refuse_unsafe_sqlite(version: str) -> None:
 def open_writer(directory: Path) -> apsw.Connection:
     """Open, or create, the store in *directory* for the one thread that writes.
 
-    Raises `UnsafeSqlite` and `UnknownSchema` before anything is changed.
+    Raises `UnsafeSqlite` and `UnknownSchema` before anything is changed, and `StoreFailed`.
     """
     refuse_unsafe_sqlite(apsw.sqlite_lib_version())
     path = directory / FILE_NAME
@@ -93,7 +93,8 @@ def open_writer(directory: Path) -> apsw.Connection:
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         _refuse_other_schema(connection, path)
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
-        connection.execute("PRAGMA journal_mode = WAL").fetchall()
+        if connection.execute("PRAGMA journal_mode = WAL").get != "wal":
+            raise StoreFailed(f"{path} cannot be in WAL mode there: a volume must be a block device, never NFS")
         # FULL, not NORMAL: an acknowledged write must survive power loss. NORMAL does not sync at commit in WAL mode.
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute(f"PRAGMA cache_size = -{WRITER_CACHE_KIB}")
@@ -106,7 +107,7 @@ def open_writer(directory: Path) -> apsw.Connection:
     except apsw.Error as error:
         connection.close()
         raise StoreFailed(f"{path} cannot be opened: {error}") from error
-    except UnknownSchema:
+    except StoreError:
         connection.close()
         raise
     return connection

@@ -35,7 +35,7 @@ class Store:
         self._point_reader = Reader(directory)
         self._scanners: list[Reader] = []
         self._scanner = threading.local()
-        self._pool = ThreadPoolExecutor(SCAN_THREADS, "mehdb-scan", initializer=self._open_scanner)
+        self._pool = ThreadPoolExecutor(SCAN_THREADS, "mehdb-scan")
 
     @classmethod
     async def open(cls, directory: Path, *, queue_bytes_max: int = QUEUE_BYTES_MAX) -> Self:
@@ -182,11 +182,16 @@ class Store:
 
     async def _scan(self, read: Callable[[Reader], T]) -> T:
         """Run *read* in a thread that has a reader of its own."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: read(self._scanner.reader))
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: read(self._scanner_here()))
 
-    def _open_scanner(self) -> None:
-        self._scanner.reader = Reader(self._directory)
-        self._scanners.append(self._scanner.reader)
+    def _scanner_here(self) -> Reader:
+        """Return this thread's reader, opened by its first scan."""
+        # Not in the pool's initializer: one that fails, for want of a file descriptor, ends the pool for good.
+        reader: Reader | None = getattr(self._scanner, "reader", None)
+        if reader is None:
+            reader = self._scanner.reader = Reader(self._directory)
+            self._scanners.append(reader)
+        return reader
 
     def _wake(self) -> None:
         self._advanced.set()

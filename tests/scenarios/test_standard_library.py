@@ -5,8 +5,7 @@ import sysconfig
 from pathlib import Path
 from urllib.parse import quote
 
-import httpx
-from cluster import DEADLINE_S, Cluster, Node
+from cluster import Cluster, Node
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 AT_ONCE = 16
@@ -29,19 +28,19 @@ async def test_every_file_of_the_standard_library_is_on_every_node_byte_for_byte
     files = library_files()
     assert len(files) >= 500, "this Python came without its library"
     values = {key: path.read_bytes() for key, path in files.items()}
-    async with httpx.AsyncClient(timeout=DEADLINE_S, trust_env=False, follow_redirects=True) as client:
-        gate = asyncio.Semaphore(AT_ONCE)
+    gate = asyncio.Semaphore(AT_ONCE)
+    async with aiohttp.ClientSession() as client:
 
         async def write(key: str) -> None:
-            async with gate:
-                answer = await client.put(f"{follower.url}/set/{quote(key)}", content=values[key])
-                assert (answer.status_code, answer.content) == (200, b"WRITE completed")
-                assert [step.status_code for step in answer.history] == [307]
+            url = URL(f"{follower.url}/set/{quote(key)}", encoded=True)
+            async with gate, client.put(url, data=values[key]) as answer:
+                assert (answer.status, await answer.read()) == (200, b"WRITE completed")
+                assert [step.status for step in answer.history] == [307]
 
         async def compare(node: Node, key: str) -> None:
-            async with gate:
-                answer = await client.get(f"{node.url}/get/{quote(key)}")
-                assert answer.content == values[key], f"{key} differs on {node.name}"
+            url = URL(f"{node.url}/get/{quote(key)}", encoded=True)
+            async with gate, client.get(url) as answer:
+                assert await answer.read() == values[key], f"{key} differs on {node.name}"
 
         await asyncio.gather(*(write(key) for key in values))
         assert cluster.converge()["revision"] == len(values)
