@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import httpx
-from machine import peak_memory_bytes, pin
+from machine import peak_memory_bytes, pin, processor_us
 
 T = TypeVar("T")
 
@@ -112,6 +112,10 @@ class Server:
         """Take the process's memory into `peak_bytes`, and return that."""
         self.peak_bytes = max(self.peak_bytes, peak_memory_bytes(self._alive().pid))
         return self.peak_bytes
+
+    def processor_us(self) -> int:
+        """Return the microseconds of a core that the process has used so far."""
+        return processor_us(self._alive().pid)
 
     def kill(self) -> None:
         """Kill -9, and wait until the process is gone."""

@@ -4,6 +4,7 @@ Every comparison is made in short rounds that alternate between what is compared
 minutes fall on both sides; a figure is the median over the rounds, and its spread is printed beside it.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -165,7 +166,7 @@ def gets(bench: Bench) -> Figure:
     )
     return _ratio(
         "gets", rounds, "mehdb", "bare", f"{CONNECTIONS} connections, {bench.plan.keys:,} keys, wrk",
-        {"÷ low-level web.Server": statistics.median(_ratios(rounds["mehdb"], rounds["low-level"]))},
+        {"ratio to the low-level web.Server": statistics.median(_ratios(rounds["mehdb"], rounds["low-level"]))},
     )  # fmt: skip
 
 
@@ -223,13 +224,17 @@ def lag(bench: Bench) -> Figure:
     if passage.rate < LAG_WRITES_PER_SECOND * LAG_RATE_LEAST:
         raise BenchError(f"the pace was {passage.rate:.0f} writes/s, not {LAG_WRITES_PER_SECOND}")
     lags_ms = [lag_s * 1000 for lag_s in passage.lags_s()]
-    p50, p99, p999 = (lags_ms[int(len(lags_ms) * part)] for part in (0.5, 0.99, 0.999))
-    method = "both times as the client sees them; the follower's Mehdb-Revision is polled all the time"
+    seconds = range(0, len(lags_ms), LAG_WRITES_PER_SECOND)
+    each_second = [_quantile(lags_ms[start : start + LAG_WRITES_PER_SECOND], 0.99) for start in seconds]
+    method = (
+        "both times as the client sees them; the follower's Mehdb-Revision is polled all the time; spread: by second"
+    )
     parts = {
-        "writes/s": passage.rate, "p50 ms": p50, "p99.9 ms": p999, "greatest ms": lags_ms[-1],
-        "time between polls, p99, ms": passage.resolution_s * 1000,
+        "writes/s": passage.rate, "p50 ms": _quantile(lags_ms, 0.5), "p99.9 ms": _quantile(lags_ms, 0.999),
+        "greatest ms": max(lags_ms),
+        "time between polls, p99, ms": passage.resolution_s * 1000, "answers that went back": passage.went_back,
     }  # fmt: skip
-    return Figure("lag", TARGETS["lag"], p99, [], method, parts)
+    return Figure("lag", TARGETS["lag"], _quantile(lags_ms, 0.99), each_second, method, parts)
 
 
 def restart(bench: Bench) -> Figure:
@@ -263,6 +268,11 @@ def memory(bench: Bench) -> Figure:
     return Figure("memory", TARGETS["memory"], max(peaks), peaks, method, parts)
 
 
+def _quantile(values: list[float], part: float) -> float:
+    """Return the value that *part* of *values* do not exceed."""
+    return sorted(values)[math.ceil(len(values) * part) - 1]
+
+
 def _ratios(one: list[Round], other: list[Round]) -> list[float]:
     """Return the ratio of speeds, round by round."""
     return [a.per_second / b.per_second for a, b in zip(one, other, strict=True)]
@@ -273,12 +283,14 @@ def _ratio(
 ) -> Figure:
     """Return the figure *name*: the median ratio between the rounds of *one* and of *other*."""
     ratios = _ratios(rounds[one], rounds[other])
-    speeds = {
-        f"{side} /s": statistics.median(measured.per_second for measured in all_rounds)
-        for side, all_rounds in rounds.items()
-    }
-    p99 = {f"{one} p99 ms": statistics.median(measured.p99_us for measured in rounds[one]) / 1000}
-    return Figure(name, TARGETS[name], statistics.median(ratios), ratios, method, speeds | (parts or {}) | p99)
+    numbers = dict(parts or {})
+    for side in (one, other):
+        numbers[f"{side} /s"] = statistics.median(measured.per_second for measured in rounds[side])
+        numbers[f"{side} CPU us each"] = statistics.median(measured.processor_us_each for measured in rounds[side])
+    # Once both are bound by their core, the same ratio without what other processes took of it.
+    numbers["ratio by CPU time"] = numbers[f"{other} CPU us each"] / numbers[f"{one} CPU us each"]
+    numbers[f"{one} p99 ms"] = statistics.median(measured.p99_us for measured in rounds[one]) / 1000
+    return Figure(name, TARGETS[name], statistics.median(ratios), ratios, method, numbers)
 
 
 FIGURES: Final[dict[str, Callable[[Bench], Figure]]] = {

@@ -21,7 +21,10 @@ INSTALL_WRK: Final = (
 
 
 class Round(msgspec.Struct, frozen=True):
-    """What wrk counted in one round. *broken*: connections that failed, broke off or timed out."""
+    """What wrk counted in one round. *broken*: connections that failed, broke off or timed out.
+
+    *processor_us* is what the server used of its core meanwhile: others on the machine disturb it less than the speed.
+    """
 
     answers: int
     duration_us: int
@@ -30,11 +33,17 @@ class Round(msgspec.Struct, frozen=True):
     broken: int
     p50_us: int
     p99_us: int
+    processor_us: int = 0
 
     @property
     def per_second(self) -> float:
         """Answers per second."""
         return self.answers / self.duration_us * 1e6
+
+    @property
+    def processor_us_each(self) -> float:
+        """Microseconds of the server's core per answer."""
+        return self.processor_us / self.answers
 
     def refuse_bad(self, what: str, least_bytes: int) -> None:
         """Raise `BenchError` if any answer was an error, was lost, or was too short to hold *least_bytes*."""
@@ -67,6 +76,7 @@ class Wrk:
         what = f"wrk: {method} on {server.name} over {connections} connections"
         options = ["--threads=1", f"--connections={connections}", f"--duration={duration_s}s", "--latency"]
         arguments = [f"--script={SCRIPT}", server.url, "--", method, str(self._keys), str(self._seed)]
+        used_us = server.processor_us()
         try:
             result = subprocess.run(
                 [self._path, *options, *arguments],
@@ -77,6 +87,8 @@ class Wrk:
         _, _, line = result.stdout.partition("\nRESULT ")
         if result.returncode or not line:
             raise BenchError(f"{what}: status {result.returncode}\n{result.stdout}{result.stderr}")
-        measured = msgspec.json.decode(line, type=Round)
+        measured = msgspec.structs.replace(
+            msgspec.json.decode(line, type=Round), processor_us=server.processor_us() - used_us
+        )
         measured.refuse_bad(what, VALUE_BYTES if method == "GET" else len("WRITE completed"))
         return measured

@@ -16,6 +16,7 @@ from typing import Final, Self
 
 MIB: Final = 1 << 20
 SYNC_SAMPLES: Final = 50
+QUIET_CORES: Final = 0.1  # what others may use before they show in the figures
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,36 @@ def peak_memory_bytes(pid: int) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) << 10
     raise ProcessLookupError(f"process {pid} has ended: its memory can no longer be read")
+
+
+def processor_us(pid: int) -> int:
+    """Return how many microseconds of a core all threads of process *pid* have used so far, kernel's part included."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before may hold spaces
+    user, system = int(fields[11]), int(fields[12])
+    return (user + system) * 1_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+class Disturbance:
+    """How much of this machine others use, from here on."""
+
+    def __init__(self) -> None:
+        self._before = self._used_s()
+
+    def describe(self) -> str:
+        """Say how many cores, on average, other processes and the hypervisor have taken. Call it without children."""
+        changes = (now - then for now, then in zip(self._used_s(), self._before, strict=True))
+        used_s, stolen_s, own_s, elapsed_s = changes
+        others = max(0.0, used_s - own_s) / elapsed_s
+        advice = " (measure again when it is quiet)" if others + stolen_s / elapsed_s > QUIET_CORES else ""
+        return f"other processes used {others:.2f} cores, the hypervisor took {stolen_s / elapsed_s:.2f}{advice}"
+
+    def _used_s(self) -> tuple[float, float, float, float]:
+        """Return the seconds of cores used by all, stolen, and used by this process and its ended children; and now."""
+        user, nice, system, *_, stolen = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9])
+        own = os.times()
+        tick = os.sysconf("SC_CLK_TCK")
+        own_s = own.user + own.system + own.children_user + own.children_system
+        return (user + nice + system) / tick, stolen / tick, own_s, own.elapsed
 
 
 def sync_s(directory: Path) -> float:

@@ -35,21 +35,16 @@ async def get_low_level(_request: web.BaseRequest) -> web.Response:
     return web.Response(body=CONSTANT)
 
 
-def application() -> web.AppRunner:
-    """Return the bare application."""
-    app = web.Application()
-    app.router.add_get("/get/{key:.+}", get)
-    app.router.add_put("/set/{key:.+}", put)
-    return web.AppRunner(app, access_log=None)
-
-
-def low_level() -> web.ServerRunner:
-    """Return the bare low-level server."""
-    return web.ServerRunner(web.Server(get_low_level, access_log=None))
-
-
-async def serve(runner: web.AppRunner | web.ServerRunner, port: int) -> None:
+async def serve(kind: str, port: int) -> None:
     """Listen on *port* until cancelled."""
+    runner: web.AppRunner | web.ServerRunner
+    if kind == "application":
+        app = web.Application()
+        app.router.add_get("/get/{key:.+}", get)
+        app.router.add_put("/set/{key:.+}", put)
+        runner = web.AppRunner(app, access_log=None)
+    else:
+        runner = web.ServerRunner(web.Server(get_low_level, access_log=None))
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()
     await asyncio.Event().wait()
@@ -61,7 +56,7 @@ def main() -> None:
     parser.add_argument("kind", choices=["application", "low-level"])
     parser.add_argument("port", type=int)
     options = parser.parse_args()
-    uvloop.run(serve(application() if options.kind == "application" else low_level(), options.port))
+    uvloop.run(serve(options.kind, options.port))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,11 @@ class Target:
 
     def show(self, value: float) -> str:
         """Return *value* with its unit, as `24,310 changes/s`."""
-        return f"{value:,.{DECIMALS[self.unit]}f} {self.unit}"
+        return f"{self.number(value)} {self.unit}"
+
+    def number(self, value: float) -> str:
+        """Return *value* without its unit, as `24,310`."""
+        return f"{value:,.{DECIMALS[self.unit]}f}"
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,17 @@ def show(figures: list[Figure], machine: dict[str, str], console: Console) -> No
     for figure in figures:
         target = figure.target
         measured = "[red]not measured" if figure.value is None else target.show(figure.value)
-        spread = f"{target.show(min(figure.samples))} to {target.show(max(figure.samples))}" if figure.samples else ""
+        spread = (
+            f"{target.number(min(figure.samples))} to {target.number(max(figure.samples))}" if figure.samples else ""
+        )
         bound = f"{'≥' if target.at_least else '≤'} {target.show(target.bound)}"
         table.add_row(target.title, measured, spread, bound, "[green]yes" if figure.met else "[bold red]NO")
     console.print(table)
     for figure in figures:
-        parts = ", ".join(f"{name} {value:,.6g}" for name, value in figure.parts.items())
-        console.print(f"[bold]{figure.name}[/]: {escape(figure.problem or figure.method)}. {escape(parts)}")
+        console.print(f"[bold]{figure.name}[/]: {escape(figure.problem or figure.method)}")
+        parts = "; ".join(f"{name}: {round(value, 3 if value < 100 else 0):,g}" for name, value in figure.parts.items())
+        if parts:
+            console.print(f"    {escape(parts)}")
     for name, what in machine.items():
         console.print(f"[dim]{name}: {escape(what)}")
 

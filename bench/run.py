@@ -25,7 +25,7 @@ from cluster import BenchError, Cluster
 from dataset import fill
 from figures import FIGURES, TARGETS, Bench, Plan
 from load import Wrk
-from machine import Cores, describe, pin
+from machine import Cores, Disturbance, describe, pin
 from results import Figure, show, write_json
 from rich.console import Console
 
@@ -45,7 +45,10 @@ def options() -> argparse.Namespace:
         "--data-dir", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR",
         help="where the nodes' volumes go, about 2 GB: its disk is part of the measurement [default: %(default)s]",
     )  # fmt: skip
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.keys is not None and not 1000 <= asked.keys < 10**8:
+        parser.error("--keys: from 1000, fewer say nothing, to 99999999, which is what a key's eight digits hold")
+    return asked
 
 
 @contextmanager
@@ -89,14 +92,15 @@ def main() -> int:
         return 2
     cores = Cores.choose()
     with tempfile.TemporaryDirectory(prefix="mehdb-bench-", dir=asked.data_dir) as directory:
-        cluster = Cluster(Path(directory))
+        cluster, disturbance = Cluster(Path(directory)), Disturbance()
         machine = describe(cluster.directory, cores)
         console.print(f"[dim]{cores.note}\n    0 s  writing {plan.keys:,} keys into a new store …")
-        leader = cluster.leader(cores.server)
-        asyncio.run(fill(cluster.data_dir(leader), plan.keys))
-        pin(os.getpid(), cores.load)  # from here on this process, and wrk with it, is the load
         with stopped_in_time(cluster):
+            leader = cluster.leader(cores.server)
+            asyncio.run(fill(cluster.data_dir(leader), plan.keys))
+            pin(os.getpid(), cores.load)  # from here on this process, and wrk with it, is the load
             figures = measure(Bench(plan, cores, cluster, wrk, leader), asked.only or list(TARGETS), console)
+    machine["others"] = disturbance.describe()
     show(figures, machine, console)
     about = {"started_at": STARTED_AT, "duration_s": round(time.monotonic() - START), "machine": machine}
     write_json(RESULTS, figures, {**about, "plan": asdict(plan)})

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+
 from cluster import DEADLINE_S, Cluster, Node, eventually
 
 WRITERS = 8

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cluster import DEADLINE_S, clean_environment, eventually, free_ports
 
+from cluster import DEADLINE_S, clean_environment, eventually, free_ports
 from mehdb.model import NodeStatus, decode_status
 
 REPLICAS = 3

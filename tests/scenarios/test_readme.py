@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import httpx
 import pytest
-from cluster import clean_environment, eventually, free_ports
 
+from cluster import clean_environment, eventually, free_ports
 from mehdb.settings import SETTINGS, flag
 
 ROOT = Path(__file__).parents[2]

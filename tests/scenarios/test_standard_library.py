@@ -5,6 +5,10 @@ import sysconfig
 from pathlib import Path
 from urllib.parse import quote
 
+import aiohttp
+import pytest
+from yarl import URL
+
 from cluster import Cluster, Node
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -21,6 +25,7 @@ def library_files() -> dict[str, Path]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")  # which is the simplest here
 async def test_every_file_of_the_standard_library_is_on_every_node_byte_for_byte(cluster: Cluster) -> None:
     leader, follower, _ = cluster.start(
         3, MEHDB_MAX_VALUE="64MiB"

@@ -1,6 +1,7 @@
 """Opening: what is refused, what is set, and what is made durable before anything is shown."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import apsw
@@ -116,6 +117,20 @@ def test_the_writer_syncs_at_each_commit(tmp_path: Path) -> None:
         assert connection.pragma("journal_mode") == "wal"
         assert connection.pragma("synchronous") == 2  # FULL
         connection.close()
+
+
+@pytest.fixture
+def no_shared_memory() -> Iterator[None]:
+    """A disk that SQLite cannot share memory over, as some network file systems are: it can have no WAL there."""
+    apsw.set_default_vfs("unix-none")
+    yield
+    apsw.set_default_vfs("unix")
+
+
+@pytest.mark.usefixtures("no_shared_memory")
+async def test_a_disk_that_can_hold_no_wal_is_refused(directory: Path) -> None:
+    with pytest.raises(StoreFailed, match="never NFS"):
+        await Store.open(directory)
 
 
 def test_a_reader_cannot_write(tmp_path: Path) -> None:

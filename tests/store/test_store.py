@@ -155,6 +155,39 @@ async def test_a_deleted_key_is_not_listed(leader: Store) -> None:
     assert await leader.keys() == [b"a", b"c"]
 
 
+NO_FILES_LEFT = """
+import asyncio, os, resource, sys
+from pathlib import Path
+from mehdb.store import Store, Write
+
+async def main():
+    store = await Store.open(Path(sys.argv[1]))
+    await store.lead(1)
+    await store.write(Write(b"k", b"v"))
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (len(os.listdir("/proc/self/fd")) - 1, usual):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+        for _ in range(6):
+            try:
+                print((await store.keys())[0].decode())
+            except Exception as error:
+                print(type(error).__name__)
+    await store.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_moment_without_file_descriptors_ends_no_later_listing(directory: Path) -> None:
+    """Connections use them up, and give them back."""
+    with child(NO_FILES_LEFT, directory) as process:
+        output, _ = process.communicate(timeout=60)
+    lines = output.split()
+    assert len(lines) == 12
+    assert "k" not in lines[:6]
+    assert lines[6:] == ["k"] * 6
+
+
 # History and epoch.
 
 
