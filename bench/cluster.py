@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import httpx
+
 from machine import peak_memory_bytes, pin, processor_us
 
 T = TypeVar("T")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
+
 from cluster import BenchError, Server
 from dataset import VALUE_BYTES
 

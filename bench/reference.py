@@ -14,6 +14,7 @@ from typing import Final
 
 import uvloop
 from aiohttp import web
+
 from dataset import VALUE_BYTES
 
 CONSTANT: Final = b"v" * VALUE_BYTES

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Final
 
 import httpx
+from rich.console import Console
+
 from cluster import BenchError, Cluster
 from dataset import fill
 from figures import FIGURES, TARGETS, Bench, Plan
 from load import Wrk
 from machine import Cores, Disturbance, describe, pin
 from results import Figure, show, write_json
-from rich.console import Console
 
 FULL: Final = Plan(keys=1_000_000, rounds=5, round_s=2, catch_ups=3, lag_s=10, restarts=5)
 QUICK: Final = Plan(keys=100_000, rounds=2, round_s=1, catch_ups=1, lag_s=4, restarts=2)

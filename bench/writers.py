@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Final, Self
 
 import uvloop
+
 from cluster import BenchError, Server
 from dataset import key, value
 

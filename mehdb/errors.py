@@ -2,7 +2,7 @@
 
     MehdbError
     ├── RequestError        the caller's fault: the answer says what to send instead
-    │   ├── BadKey, BadParameter, BadBody                  400
+    │   ├── MalformedRequest, BadKey, BadParameter, BadBody  400
     │   ├── KeyNotFound, RouteNotFound                     404
     │   ├── MethodNotAllowed                               405
     │   ├── BodyTooSlow                                    408
@@ -44,6 +44,12 @@ class RequestError(MehdbError):
 
     code = "bad_request"
     status = 400
+
+
+class MalformedRequest(RequestError):
+    """The request is no HTTP, or not by the letter."""
+
+    code = "malformed_request"
 
 
 class BadKey(RequestError):

@@ -9,7 +9,7 @@ import contextlib
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -20,9 +20,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mehdb.errors import PeerError, SettingsError
+from mehdb.errors import MehdbError, PeerError, SettingsError
 from mehdb.model import NodeStatus
 from mehdb.peers import Peer
+from mehdb.settings import inherited_environment
 
 ADDRESS: Final = "127.0.0.1"
 COLUMNS: Final = ("node", "role", "url", "pid", "ready", "revision", "lag")
@@ -78,6 +79,7 @@ class LocalCluster:
         ]
         self._console = Console()
         self._stop = asyncio.Event()
+        self._failure: Exception | None = None
         self._said: dict[str, tuple[str, ...]] = {}
 
     async def run(self) -> None:
@@ -89,7 +91,7 @@ class LocalCluster:
         async with self._shown():
             try:
                 for pod in self._pods:
-                    keepers[pod.name] = asyncio.create_task(self._keep(pod), name=pod.name)
+                    keepers[pod.name] = asyncio.create_task(self._guarded(self._keep(pod)), name=pod.name)
                     await self._ready_or_stopped(pod)
                 if not self._stop.is_set() and not self._console.is_terminal:
                     self._console.print(self._hints(), soft_wrap=True)
@@ -99,10 +101,24 @@ class LocalCluster:
                     if keeper := keepers.get(pod.name):
                         keeper.cancel()
                         await asyncio.wait([keeper])
+        if self._failure:
+            raise MehdbError(f"the cluster was stopped: {self._failure}") from self._failure
+
+    async def _guarded(self, work: Coroutine[None, None, None]) -> None:
+        """Do *work*, which does not end by itself. What it fails with stops the cluster."""
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001  whatever it was, the cluster is no longer kept or watched
+            self._failure = error
+            self._stop.set()
 
     def _prepare(self) -> None:
         """Refuse what would fail in every node's log, before any is started."""
-        problems = [f"--port: {pod.port} is in use, choose another range" for pod in self._pods if _taken(pod.port)]
+        problems = [
+            f"--port: {pod.port} is in use{_last_process(pod)}, choose another range"
+            for pod in self._pods
+            if _taken(pod.port)
+        ]
         try:
             self._data_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -125,6 +141,7 @@ class LocalCluster:
                 code = await pod.process.wait()
             except asyncio.CancelledError:
                 await _terminate(pod.process)
+                pod.process = pod.status = None
                 self._console.print(f"{pod.name} stopped", highlight=False)
                 raise
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -145,8 +162,9 @@ class LocalCluster:
         with pod.log.open("ab") as log:
             # A session of its own: Ctrl-C in the terminal must reach this process alone, which stops them in order.
             return await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+                *command, env=inherited_environment(), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
 
     @contextlib.asynccontextmanager
     async def _shown(self) -> AsyncIterator[None]:
@@ -156,7 +174,7 @@ class LocalCluster:
             peers = {pod.name: await stack.enter_async_context(Peer(pod.url)) for pod in self._pods}
             if live:
                 stack.enter_context(live)
-            watcher = asyncio.create_task(self._watch(peers, live), name="watcher")
+            watcher = asyncio.create_task(self._guarded(self._watch(peers, live)), name="watcher")
             try:
                 yield
             finally:
@@ -223,6 +241,14 @@ async def _terminate(process: asyncio.subprocess.Process) -> None:
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+def _last_process(pod: Pod) -> str:
+    """Return which process last had the volume: nodes outlive a `mehdb local` that was killed."""
+    try:
+        return f" (by process {(pod.volume / 'lock').read_text().split()[0]}?)"
+    except (OSError, IndexError):
+        return ""
 
 
 def _taken(port: int) -> bool:

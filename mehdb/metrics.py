@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
@@ -62,6 +62,7 @@ class _StatusCollector(Collector):
         yield _gauge("mehdb_floor", "The revision up to which changes may have been compacted.", status.floor)
         yield _gauge("mehdb_epoch", "The highest epoch seen.", status.epoch)
         yield _gauge("mehdb_queue_bytes", "Bytes that wait to be written.", status.queue_bytes)
+        yield CounterMetricFamily("mehdb_commits", "Transactions, each with one sync.", status.commits)
         yield _one_of("mehdb_role", "1 for the node's role.", "role", Role, status.role)
         yield _one_of("mehdb_state", "1 for the node's state.", "state", State, status.state)
         if status.leader and status.leader.heard_seconds_ago is not None:

@@ -4,6 +4,7 @@ Pure values: nothing here touches a disk, a socket or a clock. A page travels as
 forms are fixed by the field order and names below, so a field is only ever added at the end.
 """
 
+import re
 from enum import StrEnum
 from typing import Annotated, Final, NewType
 
@@ -109,12 +110,16 @@ class FollowerStatus(msgspec.Struct, frozen=True):
 
 
 class LeaderStatus(msgspec.Struct, frozen=True):
-    """What a follower knows of its leader. Null: never heard from since this process started."""
+    """What a follower knows of its leader. Null: never heard from since this process started.
+
+    *problem* says why it is not followed just now; null while it is.
+    """
 
     url: str
     revision: Revision | None
     lag_revisions: int | None
     heard_seconds_ago: float | None
+    problem: str | None = None
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
@@ -139,6 +144,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     followers: tuple[FollowerStatus, ...]
     uptime_seconds: float
     version: str
+    commits: int
 
 
 _page_decoder = msgspec.msgpack.Decoder(Page)
@@ -152,11 +158,14 @@ def encode_page(page: Page) -> bytes:
 
 
 def decode_page(data: bytes) -> Page:
-    """Return the page in *data*. Raises `PeerAnswerInvalid` for anything but one whole page."""
+    """Return the page in *data*. Raises `PeerAnswerInvalid` for anything but one whole page of legal keys."""
     try:
-        return _page_decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        page = _page_decoder.decode(data)
+        for change in page.changes:
+            checked_key(change.key)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, BadKey) as error:
         raise PeerAnswerInvalid(f"not a page: {error}") from error
+    return page
 
 
 def decode_status(data: bytes) -> NodeStatus:
@@ -165,6 +174,23 @@ def decode_status(data: bytes) -> NodeStatus:
         return _status_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PeerAnswerInvalid(f"not a node's status: {error}") from error
+
+
+class _ErrorBody(msgspec.Struct):
+    message: str
+
+
+def error_message(body: bytes) -> str:
+    """Return the `message` of an error's JSON, or *body* as text if it is none of ours."""
+    try:
+        return msgspec.json.decode(body, type=_ErrorBody).message
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return body.decode(errors="replace")
+
+
+def is_history(text: str) -> bool:
+    """Return whether *text* is the ID of a history."""
+    return re.fullmatch("[0-9a-f]{32}", text) is not None
 
 
 def checked_key(key: bytes) -> bytes:

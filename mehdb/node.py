@@ -8,14 +8,15 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator
 from time import monotonic
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 
 from mehdb import __version__
-from mehdb.api import Api, Check, Followers
+from mehdb.api import Api, ApiServer, Check, Followers
 from mehdb.errors import MehdbError, SettingsError
 from mehdb.metrics import Metrics
 from mehdb.model import NodeStatus, State
@@ -79,6 +80,7 @@ class Node:
             followers=self.followers.status(meta.head),
             uptime_seconds=round(monotonic() - self._started_at_s, 3),
             version=__version__,
+            commits=self._store.commits,
         )
 
 
@@ -92,6 +94,7 @@ async def run(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     leadership = assign(settings)
     async with contextlib.AsyncExitStack() as stack:
+        listener = stack.enter_context(_listener(settings))
         store = await Store.open(settings.data_dir, queue_bytes_max=settings.queue_size)
         stack.push_async_callback(store.close)
         follower = None
@@ -101,7 +104,7 @@ async def run(settings: Settings) -> None:
             leader = await stack.enter_async_context(Peer(leadership.leader_url))
             follower = Follower(store, leader, settings.host)
         node = Node(settings, leadership, store, follower)
-        await stack.enter_async_context(_served(node, store, settings))
+        await stack.enter_async_context(_served(node, store, settings, listener))
         log.info(
             "started node=%s role=%s listen=%s port=%d data_dir=%s revision=%d epoch=%d leader=%s version=%s",
             node.name, node.role, settings.listen, settings.port, settings.data_dir, store.head, store.meta.epoch,
@@ -116,47 +119,52 @@ async def run(settings: Settings) -> None:
 async def _supervise(stop: asyncio.Event, store: Store, follower: Follower | None) -> None:
     """Return when *stop* is set. Raises what a part of the node ended with: none may end by itself."""
     stopped = asyncio.create_task(stop.wait(), name="stop")
-    parts: list[asyncio.Future[Any]] = [stopped, store.failure]
-    if follower:
-        parts.append(asyncio.create_task(follower.run(), name="follower"))
+    following = asyncio.create_task(follower.run(), name="follower") if follower else None
+    tasks = [task for task in (stopped, following) if task]
     try:
-        done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-        if store.failure in done:
-            raise store.failure.result()
-        if stopped not in done:
-            done.pop().result()
+        await asyncio.wait([*tasks, store.failure], return_when=asyncio.FIRST_COMPLETED)
+        if following and following.done():
+            following.result()
             raise MehdbError("the follower's loop ended by itself: this is a bug")
     finally:
-        for part in parts:
-            if isinstance(part, asyncio.Task):
-                part.cancel()
-                with contextlib.suppress(asyncio.CancelledError, MehdbError):
-                    await part
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    if store.failure.done():
+        raise store.failure.result()
+
+
+def _listener(settings: Settings) -> socket.socket:
+    """Return a socket that listens where *settings* say. Raises `SettingsError`, before anything else is opened."""
+    family = socket.AF_INET6 if ":" in settings.listen else socket.AF_INET
+    try:
+        return socket.create_server((settings.listen, settings.port), family=family, backlog=LISTEN_BACKLOG)
+    except OSError as error:
+        raise SettingsError(
+            [f"--listen {settings.listen}, --port {settings.port}: cannot listen there: {error.strerror or error}"]
+        ) from error
 
 
 @contextlib.asynccontextmanager
-async def _served(node: Node, store: Store, settings: Settings) -> AsyncIterator[None]:
+async def _served(node: Node, store: Store, settings: Settings, listener: socket.socket) -> AsyncIterator[None]:
     """Answer requests while the block runs; at its end finish those under way, within `stop_timeout`."""
     api = Api(node, store, settings, node.followers, Metrics(node.status))
     # The API answers every error itself. What aiohttp would log is clients' broken requests: no change of our state.
     quiet = logging.getLogger("mehdb.http")
     quiet.setLevel(logging.CRITICAL)
-    server = web.Server(
+    server = ApiServer(
         api,
         access_log=None,
         logger=quiet,
         keepalive_timeout=settings.keepalive_timeout,
+        lingering_time=settings.body_timeout,  # for a client that sends all of a refused body before it reads
         auto_decompress=False,  # a value is stored as it was sent
     )
-    runner = web.ServerRunner(server, shutdown_timeout=settings.stop_timeout)
+    # aiohttp waits this long twice: for the requests under way, and for those that it then cancels.
+    runner = web.ServerRunner(server, shutdown_timeout=settings.stop_timeout / 2)
     await runner.setup()
     try:
-        try:
-            await web.TCPSite(runner, settings.listen, settings.port, backlog=LISTEN_BACKLOG).start()
-        except OSError as error:
-            raise SettingsError(
-                [f"--listen {settings.listen}, --port {settings.port}: cannot listen there: {error.strerror}"]
-            ) from error
+        await web.SockSite(runner, listener).start()
         yield
     finally:
         store.stop_waiting()

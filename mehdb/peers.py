@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, Self
 
 import httpx
 
-from mehdb.errors import Compacted, Diverged, PeerAnswerInvalid, PeerUnreachable
+from mehdb.errors import Compacted, Diverged, PeerAnswerInvalid, PeerUnreachable, StaleEpoch
 from mehdb.model import (
     PAGE_BYTES_MAX,
     Epoch,
@@ -22,12 +22,13 @@ from mehdb.model import (
     Revision,
     decode_page,
     decode_status,
+    error_message,
+    is_history,
 )
 
 CONNECT_TIMEOUT_S: Final = 3.0  # a dead address answers nothing: two retries of the kernel's SYN
 ANSWER_TIMEOUT_S: Final = 10.0  # between two chunks of an answer, beyond the time that it was asked to wait
 PAGE_TIMEOUT_S: Final = 60.0  # for a whole page of the largest size, beyond that: 1 MiB/s
-HISTORY: Final = re.compile("[0-9a-f]{32}")
 NUMBER: Final = re.compile("[0-9]{1,18}")  # below 2**63: what a column can hold
 
 
@@ -58,11 +59,11 @@ class Peer:
     ) -> None:
         await self._client.aclose()
 
-    async def pull(self, position: Position, *, node: str, durable: Revision, wait_s: float) -> Pull:
+    async def pull(self, position: Position, epoch: Epoch, *, node: str, durable: Revision, wait_s: float) -> Pull:
         """Return the page after *position*; *node* tells the peer who holds everything up to *durable* for certain.
 
-        With nothing to return, the peer waits up to *wait_s* for a change. Raises `PeerUnreachable`,
-        `PeerAnswerInvalid`, and as the peer says: `Diverged`, `Compacted`.
+        With nothing to return, the peer waits up to *wait_s* for a change. *epoch* is the highest seen. Raises
+        `PeerUnreachable`, `PeerAnswerInvalid`, `StaleEpoch`, and as the peer says: `Diverged`, `Compacted`.
         """
         query: dict[str, str | int | float] = {
             "after": position.revision,
@@ -74,11 +75,11 @@ class Peer:
             query["history"], query["chain"] = position.history, position.chain.hex()
         try:
             async with asyncio.timeout(wait_s + PAGE_TIMEOUT_S):
-                pull = await self._pull(query, wait_s)
+                pull = await self._pull(query, position.history, epoch, wait_s)
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
             raise PeerUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
-        if pull.page is None and pull.head != position.revision:
-            raise PeerAnswerInvalid(f"{self.url}: nothing after revision {position.revision}, yet its head is {pull.head}")
+        if pull.head < position.revision:
+            raise PeerAnswerInvalid(f"{self.url}: recognises revision {position.revision}, yet its head is {pull.head}")
         return pull
 
     async def status(self) -> NodeStatus:
@@ -90,19 +91,24 @@ class Peer:
             raise PeerUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
         return decode_status(answer.content)
 
-    async def _pull(self, query: dict[str, str | int | float], wait_s: float) -> Pull:
+    async def _pull(
+        self, query: dict[str, str | int | float], own_history: History | None, seen: Epoch, wait_s: float
+    ) -> Pull:
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S + wait_s, connect=CONNECT_TIMEOUT_S)
         async with self._client.stream("GET", "/replicate", params=query, timeout=timeout) as answer:
             body = await _body(answer)
+        if answer.status_code not in (200, 204, Diverged.status, Compacted.status):
+            raise PeerUnreachable(f"{self.url} answered {answer.status_code}: {_message(body)}")
+        # Nothing is believed of an answer, a refusal above all, before it is known to be a node's and of our time.
+        history, epoch, head = (answer.headers.get(f"Mehdb-{name}", "") for name in ("History", "Epoch", "Revision"))
+        if not (is_history(history) and NUMBER.fullmatch(epoch) and NUMBER.fullmatch(head)):
+            raise PeerAnswerInvalid(f"{self.url} is no mehdb node, or of another version: its answer lacks our headers")
+        if history == own_history and int(epoch) < seen:
+            raise StaleEpoch(f"{self.url} leads in epoch {epoch}, which is over: {seen} has been seen")
         if answer.status_code == Diverged.status:
             raise Diverged(_message(body))
         if answer.status_code == Compacted.status:
             raise Compacted(_message(body))
-        if answer.status_code not in (200, 204):
-            raise PeerUnreachable(f"{self.url} answered {answer.status_code}: {_message(body)}")
-        history, epoch, head = (answer.headers.get(f"Mehdb-{name}", "") for name in ("History", "Epoch", "Revision"))
-        if not (HISTORY.fullmatch(history) and NUMBER.fullmatch(epoch) and NUMBER.fullmatch(head)):
-            raise PeerAnswerInvalid(f"{self.url} is no mehdb node, or of another version: its answer lacks our headers")
         page = decode_page(body) if answer.status_code == 200 else None
         if page is not None and (page.history != history or not page.changes):
             raise PeerAnswerInvalid(f"{self.url}: a page of nothing, or of another history than {history}")
@@ -121,4 +127,5 @@ async def _body(answer: httpx.Response) -> bytes:
 
 
 def _message(body: bytes) -> str:
-    return body[:500].decode(errors="replace").strip()
+    """Return what an error's answer says, on one line."""
+    return " ".join(error_message(body)[:500].split())

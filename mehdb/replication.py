@@ -59,6 +59,7 @@ class Follower:
             self._head,
             None if self._head is None else max(0, self._head - self._store.head),
             None if self._heard_at_s is None else round(monotonic() - self._heard_at_s, 3),
+            None if self._error is None else f"{self._error.code}: {self._error}",
         )
 
     async def run(self) -> None:
@@ -83,23 +84,23 @@ class Follower:
         pull = await self._pull(self._store.position)
         while True:
             if pull.page is not None and pull.page.end.revision < pull.head:
-                pull = await self._apply_and_pull(pull.page)
+                pull = await self._apply_and_pull(pull, pull.page)
                 continue
             if pull.page is None:
                 await self._store.adopt(pull.history, pull.epoch)
             else:
                 await self._store.apply(pull.page)
-            self._note_progress()
+            self._note_progress(pull)
             # Only now, at the head: what this asks after is durable here, and asking is what acknowledges it.
             pull = await self._pull(self._store.position)
 
-    async def _apply_and_pull(self, page: Page) -> Pull:
-        """Apply *page* while the one after it travels, and return that."""
+    async def _apply_and_pull(self, pull: Pull, page: Page) -> Pull:
+        """Apply the *page* of *pull* while the one after it travels, and return that."""
         # Both always run to their end: neither is left behind when the other fails.
         applied, following = await asyncio.gather(self._store.apply(page), self._pull(page.end), return_exceptions=True)
         if isinstance(applied, BaseException):
             raise applied
-        self._note_progress()
+        self._note_progress(pull)
         if isinstance(following, BaseException):
             raise following
         return following
@@ -107,15 +108,18 @@ class Follower:
     async def _pull(self, position: Position) -> Pull:
         # Until it serves, a follower wants to know the leader's head, not to wait for the next change.
         wait_s = WAIT_S if self.state is State.SERVING else 0.0
-        pull = await self._leader.pull(position, node=self._node, durable=self._store.head, wait_s=wait_s)
+        meta = self._store.meta
+        return await self._leader.pull(position, meta.epoch, node=self._node, durable=meta.head, wait_s=wait_s)
+
+    def _note_progress(self, pull: Pull) -> None:
+        """The leader has recognised this store's position, and what it sent was accepted and is durable here.
+
+        Only now is its head believed: an answer that was refused says nothing about what there is to reach.
+        """
+        self._progress += 1
         self._head, self._heard_at_s = pull.head, monotonic()
         # A leader may come back with less than it had when first asked: there is no more to reach than there is.
         self._target = pull.head if self._target is None else min(self._target, pull.head)
-        return pull
-
-    def _note_progress(self) -> None:
-        """The leader has recognised this store's position, and what it sent is durable here."""
-        self._progress += 1
         if self._error is not None:
             log.info("leader back url=%s revision=%d", self._leader.url, self._store.head)
             self._error = None

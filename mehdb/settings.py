@@ -145,8 +145,9 @@ class Settings:
     )  # fmt: skip
     max_value: int = _setting("MEHDB_MAX_VALUE", _size(1, VALUE_BYTES_LIMIT), "8MiB", "The largest value taken.")
     queue_size: int = _setting(
-        "MEHDB_QUEUE_SIZE", _size(PAGE_BYTES, 1 << 34), "64MiB", "How many bytes may wait to be written, before a 503."
-    )
+        "MEHDB_QUEUE_SIZE", _size(PAGE_BYTES, 1 << 34), "64MiB",
+        "How many bytes may arrive at once, and how many may wait to be written, before a 503.",
+    )  # fmt: skip
     body_timeout: float = _setting(
         "MEHDB_BODY_TIMEOUT", _seconds(0.1, 3600), "30", "How long a request's body may stall, before a 408."
     )
@@ -204,6 +205,8 @@ def load(
         # What is missing may be what could not be read, so relations are judged only between values that were.
         raise SettingsError(problems)
     values["host"] = values["host"] or find_host_name()
+    if not HOST_NAME.fullmatch(values["host"]):
+        raise SettingsError([f"--host: the host name {values['host']!r} is none, name the node"])
     values["peers"] = values["peers"] or ()
     values["local"] = bool(values["local"])
     if environ.get("KUBERNETES_SERVICE_HOST"):  # the kubelet sets it in every container
@@ -212,6 +215,11 @@ def load(
     if problems := _relations(settings):
         raise SettingsError(problems)
     return settings
+
+
+def inherited_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment for a node that is set up by flags alone."""
+    return {name: text for name, text in environ.items() if not name.startswith(("MEHDB_", "KUBERNETES_"))}
 
 
 def _source(setting: Field[Any], given: str | None, environ: Mapping[str, str]) -> tuple[str, str | None]:

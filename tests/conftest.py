@@ -4,8 +4,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
 from hypothesis import settings
+
+from cluster import Cluster
 
 # The same examples in every run: a failure is a finding, never a coincidence.
 settings.register_profile("mehdb", derandomize=True, deadline=None, max_examples=100)

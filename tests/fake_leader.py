@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from aiohttp import web
-from cluster import ADDRESS, DEADLINE_S, PAUSE_S
 
+from cluster import ADDRESS, DEADLINE_S, PAUSE_S
 from mehdb.errors import Diverged
 from mehdb.model import GENESIS, Chain, Epoch, History, Page, Position, Revision, encode_page
 from mehdb.store import Store, Write

@@ -5,16 +5,18 @@ from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp import web
+
 from cluster import ADDRESS, Cluster, free_port
 from fake_leader import FakeLeader, fake_leader, page_answer
-
 from mehdb.errors import Compacted, Diverged, MehdbError, PeerAnswerInvalid, PeerUnreachable
 from mehdb.model import PAGE_BYTES_MAX, Chain, Change, Epoch, History, Page, Position, Revision, encode_page
 from mehdb.peers import Peer, Pull
 
 HISTORY = History("aa" * 16)
 POSITION = Position(HISTORY, Revision(2), Chain(b"c" * 16))
-PAGE = Page(HISTORY, Epoch(3), Revision(2), Chain(b"d" * 16), (Change(Revision(3), b"k", b"v"), Change(Revision(4), b"k", None)))
+PAGE = Page(
+    HISTORY, Epoch(3), Revision(2), Chain(b"d" * 16), (Change(Revision(3), b"k", b"v"), Change(Revision(4), b"k", None))
+)
 EMPTY_PAGE = Page(HISTORY, Epoch(3), Revision(2), Chain(b"c" * 16), ())
 
 
@@ -191,10 +193,12 @@ async def test_a_server_that_speaks_no_http_is_no_leader() -> None:
         await writer.drain()
         writer.close()
 
-    async with await asyncio.start_server(greet, ADDRESS, 0) as server:
-        async with Peer(f"http://{ADDRESS}:{server.sockets[0].getsockname()[1]}") as peer:
-            with pytest.raises(PeerUnreachable):
-                await pull(peer)
+    async with (
+        await asyncio.start_server(greet, ADDRESS, 0) as server,
+        Peer(f"http://{ADDRESS}:{server.sockets[0].getsockname()[1]}") as peer,
+    ):
+        with pytest.raises(PeerUnreachable):
+            await pull(peer)
 
 
 async def test_a_leader_that_comes_back_is_found_again(leader: FakeLeader, peer: Peer) -> None:
@@ -208,9 +212,7 @@ async def test_a_leader_that_comes_back_is_found_again(leader: FakeLeader, peer:
     await pull(peer)
 
 
-async def test_no_proxy_comes_between_two_nodes(
-    leader: FakeLeader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_proxy_comes_between_two_nodes(leader: FakeLeader, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, f"http://{ADDRESS}:{free_port()}")
     async with Peer(leader.url) as peer:

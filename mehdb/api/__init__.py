@@ -1,5 +1,6 @@
 """The HTTP API of a node: requests in, answers out.
 
+    server.py     `ApiServer`: takes connections; what cannot be parsed is answered too
     app.py        `Api`: finds the route, turns errors into answers, adds the headers that every answer bears
     answers.py    `Answer`: a whole answer and its wire form
     requests.py   what a request says: its target, key, parameters and body
@@ -15,5 +16,6 @@ and query, byte for byte.
 from mehdb.api.app import Api
 from mehdb.api.node import Check, NodeView
 from mehdb.api.replicate import Followers
+from mehdb.api.server import ApiServer
 
-__all__ = ["Api", "Check", "Followers", "NodeView"]
+__all__ = ["Api", "ApiServer", "Check", "Followers", "NodeView"]

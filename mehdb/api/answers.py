@@ -4,6 +4,7 @@ aiohttp's `Response` builds a header map, copies it, completes it and serialises
 read. Here the head is one string, written with the body in one go. Answers that are streamed use aiohttp's own.
 """
 
+import asyncio
 from email.utils import formatdate
 from http import HTTPStatus
 from time import time
@@ -19,7 +20,9 @@ TEXT: Final = "text/plain; charset=utf-8"
 JSON: Final = "application/json"
 JOIN_BYTES_MAX: Final = 1 << 16  # below this, copying a body behind its head is cheaper than a second system call
 STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
-BODILESS: Final = frozenset({204, 304})  # RFC 9110, 6.4.1
+BODILESS: Final = frozenset({204})  # RFC 9110, 6.4.1
+BODY_RATE_MIN: Final = 64 << 10  # bytes per second, in the long run, either way: slower only holds memory and a socket
+SEND_STALL_S: Final = 30.0  # before that counts
 
 
 class Answer(web.StreamResponse):
@@ -50,13 +53,13 @@ class Answer(web.StreamResponse):
         """Whether the connection may take another request."""
         return self._keep_alive
 
-    def complete(self, request: web.BaseRequest, common_headers: str) -> None:
-        """Serialise the head, with the headers that every answer bears."""
+    def complete(self, request: web.BaseRequest, common_headers: str, *, last: bool) -> None:
+        """Serialise the head, with the headers that every answer bears. *last* ends the connection after it."""
         # A client that still waits for `100 Continue` may send its body after a final answer, or may not (RFC 9110,
         # 10.1.1), and so may one that was too slow: only the end of the connection tells the next request from a body
         # that comes after all.
         owes_body = not request.content.is_eof() and ("Expect" in request.headers or self.status == BodyTooSlow.status)
-        self._keep_alive = request.keep_alive and not owes_body
+        self._keep_alive = request.keep_alive and not owes_body and not last
         lines = [STATUS_LINES[self.status], common_headers, self.header_lines]
         if self.status not in BODILESS:
             lines.append(f"Content-Type: {self.content_type_line}\r\nContent-Length: {len(self.content)}\r\n")
@@ -76,9 +79,19 @@ class Answer(web.StreamResponse):
         if len(self.content) <= JOIN_BYTES_MAX:
             await writer.write(self._head + self.content)
         else:
-            await writer.write(self._head)
-            await writer.write(self.content)
+            await self._send_slowly(request, writer)
         return writer
+
+    async def _send_slowly(self, request: web.BaseRequest, writer: AbstractStreamWriter) -> None:
+        """Send a large body to a client that may read it slowly, but not so slowly that it only holds the memory."""
+        try:
+            async with asyncio.timeout(SEND_STALL_S + len(self.content) / BODY_RATE_MIN):
+                await writer.write(self._head)
+                await writer.write(self.content)
+        except TimeoutError as error:
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError("the client reads too slowly") from error
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing more: `prepare` has sent it all."""

@@ -16,8 +16,9 @@ from mehdb.api.node import NodeView
 from mehdb.api.replicate import Followers, ReplicationRoutes
 from mehdb.api.requests import Target, target
 from mehdb.api.status import StatusRoutes
-from mehdb.errors import MehdbError, MethodNotAllowed, RouteNotFound
+from mehdb.errors import MalformedRequest, MehdbError, MethodNotAllowed, RouteNotFound
 from mehdb.metrics import Metrics
+from mehdb.model import State
 from mehdb.settings import Settings
 from mehdb.store import Store
 
@@ -54,6 +55,7 @@ class Api:
         self._node = node
         self._store = store
         self._metrics = metrics
+        self._shown = 0  # the newest revision that an answer has shown
         self._node_headers = f"Server: mehdb/{__version__}\r\nMehdb-Node: {node.name}\r\n"
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -74,7 +76,17 @@ class Api:
             )
         self._metrics.count_request(route, method if method in self._routes.get(route, ()) else UNKNOWN, answer.status)
         if isinstance(answer, Answer):
-            answer.complete(request, self._common_headers(answer.revision))
+            answer.complete(request, self._common_headers(answer.revision), last=self._node.state is State.STOPPED)
+        return answer
+
+    def refuse(self, request: web.BaseRequest, reason: str) -> web.StreamResponse:
+        """Answer a *request* that could not be parsed; *reason* is the parser's."""
+        first_line = reason.partition("\n")[0].rstrip(":")
+        answer = error_answer(
+            MalformedRequest(f"the request is malformed ({first_line}): percent-encode what is no ASCII in the target")
+        )
+        self._metrics.count_request(UNKNOWN, UNKNOWN, answer.status)
+        answer.complete(request, self._common_headers(0), last=True)
         return answer
 
     def _route(self, path: str) -> tuple[str, str]:
@@ -95,10 +107,15 @@ class Api:
             raise MethodNotAllowed(f"{route} takes {allowed}: nothing was changed", allowed) from None
 
     def _common_headers(self, revision: int) -> str:
-        """Return the header lines that every answer bears. *revision* may be newer than the head known so far."""
+        """Return the header lines that every answer bears. *revision* is the newest that the answer itself shows.
+
+        SQLite shows a commit to readers a moment before the writer's thread can say so. Clients must not see the
+        revision go back in between.
+        """
         meta, node = self._store.meta, self._node
+        self._shown = max(self._shown, meta.head, revision)
+        history = f"Mehdb-History: {meta.history}\r\n" if meta.history else ""
         return (
             f"{self._node_headers}{date_header()}Mehdb-Role: {node.role}\r\nMehdb-State: {node.state}\r\n"
-            f"Mehdb-Revision: {max(meta.head, revision)}\r\n"
-            + (f"Mehdb-History: {meta.history}\r\n" if meta.history else "")
+            f"Mehdb-Revision: {self._shown}\r\nMehdb-Epoch: {meta.epoch}\r\n{history}"
         )

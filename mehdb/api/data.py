@@ -8,7 +8,7 @@ from aiohttp import web
 
 from mehdb.api.answers import TEXT, Answer, json_answer
 from mehdb.api.node import NodeView
-from mehdb.api.requests import Parameters, Target, decode_key, no_parameters, read_body, whole_number
+from mehdb.api.requests import BodyBudget, Parameters, Target, decode_key, no_parameters, read_body, whole_number
 from mehdb.errors import BadParameter, KeyNotFound, NotSynced, Stopping
 from mehdb.model import State
 from mehdb.settings import Settings
@@ -33,12 +33,13 @@ class DataRoutes:
         self._node = node
         self._store = store
         self._settings = settings
+        self._arriving = BodyBudget(settings.queue_size)
 
     async def get(self, _request: web.BaseRequest, target: Target, rest: str) -> Answer:
         """Answer with the value of a key, as it was written."""
         key = decode_key(rest)
         no_parameters(target.query)
-        change = self._store.get(key)
+        change = await self._store.get(key)
         if change is None or change.value is None:
             self._refuse_if_empty()
             raise KeyNotFound("no such key on this node")
@@ -55,11 +56,12 @@ class DataRoutes:
         if self._node.redirect_url is not None:
             return _redirect(self._node.redirect_url, target)
         no_parameters(target.query)
-        content_type = request.headers.get("Content-Type")
+        content_type = request.headers.get("Content-Type") or None
         if content_type is not None and not CONTENT_TYPE.fullmatch(content_type):
             raise BadParameter("the Content-Type must be 1 to 255 characters of ASCII: nothing was written")
         self._refuse_if_stopping()
-        value = await read_body(request, self._settings.max_value, self._settings.body_timeout)
+        settings = self._settings
+        value = await read_body(request, settings.max_value, settings.body_timeout, self._arriving)
         return await self._write(Write(key, value, content_type))
 
     async def delete(self, _request: web.BaseRequest, target: Target, rest: str) -> Answer:

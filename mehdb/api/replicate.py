@@ -25,6 +25,7 @@ from mehdb.model import (
     Position,
     Revision,
     encode_page,
+    is_history,
 )
 from mehdb.store import Store
 
@@ -64,7 +65,7 @@ class Followers:
 
 
 def _history(text: str) -> History:
-    if not re.fullmatch("[0-9a-f]{32}", text):
+    if not is_history(text):
         raise ValueError("must be 32 hexadecimal digits, or left out by an empty store")
     return History(text)
 
@@ -114,7 +115,7 @@ class ReplicationRoutes:
         history = parameters.take("history", _history, None)
         after = parameters.take("after", _revision, ORIGIN)
         position = Position(history, after, parameters.take("chain", _chain, GENESIS))
-        durable = parameters.take("durable", _revision, after)
+        durable = min(after, parameters.take("durable", _revision, after))
         node = parameters.take("node", _node, None)
         wait_s = parameters.take("wait", seconds(WAIT_S_MAX), 0.0)
         parameters.finish()
@@ -125,7 +126,6 @@ class ReplicationRoutes:
             self._followers.note(node, durable)
         if page is None and wait_s and await self._store.wait_beyond(after, wait_s):
             page = await self._store.page_after(position)
-        epoch = f"Mehdb-Epoch: {self._store.meta.epoch}\r\n"
         if page is None:
-            return Answer(status=204, headers=epoch)
-        return Answer(encode_page(page), MSGPACK, headers=epoch)
+            return Answer(status=204)
+        return Answer(encode_page(page), MSGPACK)

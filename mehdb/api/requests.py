@@ -6,18 +6,16 @@ from collections.abc import Callable
 from typing import Final, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote_to_bytes
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 
-from mehdb.errors import BadBody, BadKey, BadParameter, BodyTooSlow, ExpectationFailed, ValueTooLarge
+from mehdb.api.answers import BODY_RATE_MIN
+from mehdb.errors import BadBody, BadKey, BadParameter, BodyTooSlow, ExpectationFailed, QueueFull, ValueTooLarge
 from mehdb.model import checked_key
 
 T = TypeVar("T")
 
 BROKEN_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 PARAMETERS_MAX: Final = 32  # more than any route has
-BODY_RATE_MIN: Final = (
-    64 << 10
-)  # bytes per second, in the long run: a body that trickles holds a connection for nothing
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -116,41 +114,73 @@ def seconds(most: float) -> Callable[[str], float]:
     return parse
 
 
-async def read_body(request: web.BaseRequest, bytes_max: int, stall_s: float) -> bytes:
+class BodyBudget:
+    """Bounds the memory of the bodies that are arriving, all together. A whole one counts in the store's queue."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._held_bytes = 0
+
+    def require(self, size_bytes: int) -> None:
+        """Raise `QueueFull` if there is no room for that many bytes more. One body alone always has it."""
+        if self._held_bytes and self._held_bytes + size_bytes > self._bytes_max:
+            raise QueueFull(f"{self._held_bytes} bytes are arriving: nothing was written, try again in a moment")
+
+    def take(self, size_bytes: int) -> None:
+        """Hold that many bytes more; fewer, if negative. Raises `QueueFull`."""
+        if size_bytes > 0:
+            self.require(size_bytes)
+        self._held_bytes += size_bytes
+
+
+async def read_body(request: web.BaseRequest, bytes_max: int, stall_s: float, budget: BodyBudget) -> bytes:
     """Return the whole body, after `100 Continue` where the client waits for it.
 
-    Raises `ValueTooLarge` as soon as it is known, `BodyTooSlow`, `ExpectationFailed` and `BadBody`.
+    Raises `ValueTooLarge` and `QueueFull` as soon as it is known, `BodyTooSlow`, `ExpectationFailed` and `BadBody`.
     """
-    too_large = ValueTooLarge(f"a value may have {bytes_max} bytes (--max-value): nothing was written")
     if (request.content_length or 0) > bytes_max:
-        raise too_large
+        raise _too_large(bytes_max)
     _check_expectation(request)
     content = request.content
     if content.is_eof() and content.total_bytes <= bytes_max:  # it came with the head: most do
         return content.read_nowait()
-    if "Expect" in request.headers:
+    budget.require(request.content_length or 0)
+    if "Expect" in request.headers and request.version >= (1, 1):
         await request.writer.write(CONTINUE)
+    try:
+        return await _read_chunks(content, bytes_max, stall_s, budget)
+    except web.RequestPayloadError as error:
+        raise BadBody(f"the body's framing is broken: nothing was written ({error})") from error
+
+
+async def _read_chunks(content: StreamReader, bytes_max: int, stall_s: float, budget: BodyBudget) -> bytes:
+    """Return what arrives until the body's end, within the bounds on its size and on the time that it may take."""
     chunks: list[bytes] = []
     size_bytes = 0
-    started = asyncio.get_running_loop().time()
+    clock = asyncio.get_running_loop().time
+    started_at_s = clock()
     try:
         while True:
-            now = asyncio.get_running_loop().time()
-            deadline = min(now + stall_s, started + stall_s + size_bytes / BODY_RATE_MIN)
-            async with asyncio.timeout_at(deadline):
+            deadline_s = min(clock() + stall_s, started_at_s + stall_s + size_bytes / BODY_RATE_MIN)
+            async with asyncio.timeout_at(deadline_s):
                 chunk = await content.readany()
             if not chunk:
                 return b"".join(chunks)
+            budget.take(len(chunk))
             chunks.append(chunk)
             size_bytes += len(chunk)
             if size_bytes > bytes_max:
-                raise too_large
+                raise _too_large(bytes_max)
     except TimeoutError as error:
         raise BodyTooSlow(
             f"the body stalled for {stall_s:g} s or is too slow ({size_bytes} bytes came): nothing was written"
         ) from error
-    except web.RequestPayloadError as error:
-        raise BadBody(f"the body's framing is broken: nothing was written ({error})") from error
+    finally:
+        budget.take(-size_bytes)
+
+
+def _too_large(bytes_max: int) -> ValueTooLarge:
+    return ValueTooLarge(f"a value may have {bytes_max} bytes (--max-value): nothing was written")
 
 
 def _check_expectation(request: web.BaseRequest) -> None:

@@ -3,8 +3,6 @@
 import fcntl
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from mehdb.errors import DirectoryInUse
 
@@ -30,11 +28,3 @@ class DirectoryLock:
     def release(self) -> None:
         """Let the next process have the directory."""
         os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()

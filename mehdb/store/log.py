@@ -60,10 +60,12 @@ class Log:
 
     def write(self, writes: Sequence[Write]) -> list[Outcome]:
         """Commit *writes* in one transaction and return an outcome for each, in order."""
+        live = self._live(write.key for write in writes)
+        before = len(live)
+        outcomes, changes = decide(writes, live, self.meta.head)
+        if not changes:  # deletions of what was not there: nothing to sync
+            return outcomes
         with self._transaction():
-            live = self._live(write.key for write in writes)
-            before = len(live)
-            outcomes, changes = decide(writes, live, self.meta.head)
             meta = self._append(changes, replace(self.meta, keys=self.meta.keys - before + len(live)))
         self.meta = meta
         return outcomes
@@ -91,10 +93,10 @@ class Log:
             self.meta = meta
 
     def _adopted(self, history: History, epoch: Epoch) -> Meta:
+        if self.meta.history not in (None, history):  # epochs of two histories cannot be compared
+            raise Diverged(f"history {history} is another than this store's {self.meta.history}")
         if epoch < self.meta.epoch:
             raise StaleEpoch(f"epoch {epoch} is over: this store has seen {self.meta.epoch}")
-        if self.meta.history not in (None, history):
-            raise Diverged(f"history {history} is another than this store's {self.meta.history}")
         return replace(self.meta, history=history, epoch=epoch)
 
     def _continued_by(self, page: Page) -> Meta:

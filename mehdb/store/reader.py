@@ -5,7 +5,7 @@ sync (promise 2).
 """
 
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import apsw
 
@@ -14,11 +14,14 @@ from mehdb.model import GENESIS, ORIGIN, Chain, Change, Page, Revision
 from mehdb.store.schema import Meta, open_reader
 from mehdb.store.seal import crc
 
-# A sub-select, not a join: SQLite runs it with half the instructions, and it is the hottest statement of all.
+# The hottest statement of all. A sub-select, not a join: SQLite runs it with half the instructions. What lies behind a
+# value that is too large is not touched, as SQLite would read the whole value to get there.
 GET: Final = """
-    SELECT revision, key, value, content_type, expires_at, crc FROM change
-    WHERE revision = (SELECT revision FROM entry WHERE key = ?)"""
-KEYS: Final = "SELECT key FROM entry WHERE key > ? AND key >= ? AND key < ? ORDER BY key LIMIT ?"
+    SELECT revision, key, length(value), iif(length(value) <= ?2, value, NULL),
+        iif(length(value) <= ?2, content_type, NULL), iif(length(value) <= ?2, expires_at, NULL),
+        iif(length(value) <= ?2, crc, NULL)
+    FROM change WHERE revision = (SELECT revision FROM entry WHERE key = ?1)"""
+KEYS: Final = "SELECT key FROM entry WHERE key >= ? AND key < ? ORDER BY key LIMIT ?"
 CHAIN: Final = "SELECT chain FROM change WHERE revision = ?"
 CHANGES: Final = """
     SELECT revision, key, value, content_type, expires_at, crc, chain FROM change
@@ -28,6 +31,10 @@ UNREADABLE: Final = (apsw.CorruptError, UnicodeDecodeError)  # a broken page of 
 CHANGE_OVERHEAD_BYTES: Final = 32  # about what a change occupies in a page beside its key and value
 
 
+class LargeValue(Exception):
+    """The value is larger than the caller wants to wait for."""
+
+
 class Reader:
     """Reads of the store in one directory."""
 
@@ -35,23 +42,32 @@ class Reader:
         self._connection = open_reader(directory)
         self._cursor = self._connection.cursor()
 
-    def get(self, key: bytes) -> Change | None:
-        """Return the change that *key* is live with, None if it is not live. Raises `DamagedRow`."""
+    def get(self, key: bytes, value_bytes_max: int) -> Change | None:
+        """Return the change that *key* is live with, None if it is not live.
+
+        Raises `DamagedRow`, and `LargeValue` before it has read a value of more than *value_bytes_max*.
+        """
         try:
-            row = self._cursor.execute(GET, (key,)).fetchone()
+            # All rows, though there is one at most: only a statement that has ended lets go of its snapshot, and a
+            # snapshot that is held keeps the WAL from being used again.
+            rows = self._cursor.execute(GET, (key, value_bytes_max)).fetchall()
         except UNREADABLE as error:
             raise DamagedRow("the key's change cannot be read from this node's disk: read another node") from error
-        if row is None:
+        if not rows:
             return None
-        *columns, expected_crc = row
-        change = Change(*columns)
+        columns: tuple[Any, ...] = rows[0]
+        revision, stored_key, value_bytes, value, content_type, expires_at, expected_crc = columns
+        if value_bytes is not None and value_bytes > value_bytes_max:
+            raise LargeValue
+        change = Change(revision, stored_key, value, content_type, expires_at)
         if change.key != key or change.value is None or crc(change) != expected_crc:
             raise _damaged(change.revision)
         return change
 
     def keys(self, prefix: bytes, after: bytes, limit: int) -> list[bytes]:
         """Return the live keys that start with *prefix* and sort after *after*, in byte order, at most *limit*."""
-        rows = self._connection.execute(KEYS, (after, prefix, prefix + AFTER_UTF8, limit))
+        first = max(prefix, after + b"\0" if after else b"")  # one bound, so that SQLite starts there
+        rows = self._connection.execute(KEYS, (first, prefix + AFTER_UTF8, limit))
         return [key for (key,) in rows]
 
     def chain(self, revision: Revision) -> Chain:

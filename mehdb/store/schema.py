@@ -15,7 +15,7 @@ from typing import Final
 import apsw
 
 from mehdb.errors import StoreError, StoreFailed, UnknownSchema, UnsafeSqlite
-from mehdb.model import GENESIS, ORIGIN, Chain, Epoch, History, Position, Revision
+from mehdb.model import Chain, Epoch, History, Position, Revision
 
 FILE_NAME: Final = "store.db"
 APPLICATION_ID: Final = 0x6D656864  # "mehd", so that `file` and we can tell the file from any other database
@@ -50,6 +50,7 @@ PRAGMA user_version = {SCHEMA_VERSION};
 """  # noqa: S608  our own constants
 WRITER_CACHE_KIB: Final = 32 << 10  # holds the inner pages of both trees and a batch's leaves at a million keys
 READER_CACHE_KIB: Final = 4 << 10  # inner pages; leaves come from the kernel's cache as quickly
+BUSY_TIMEOUT_MS: Final = 1000  # only a foreign process, such as an operator's sqlite3, makes us wait at all
 WAL_BYTES_KEPT: Final = 64 << 20  # a WAL that a long scan made larger is cut back to this
 FIRST_SAFE_SQLITE: Final = (3, 51, 3)  # 3.7.0 to 3.51.2 have the WAL-reset bug; https://sqlite.org/wal.html
 
@@ -69,9 +70,6 @@ class Meta:
     def position(self) -> Position:
         """The position of a store with this row."""
         return Position(self.history, self.head, self.chain)
-
-
-EMPTY: Final = Meta(None, Epoch(0), ORIGIN, GENESIS, ORIGIN, 0)
 
 
 def refuse_unsafe_sqlite(version: str) -> None:
@@ -95,6 +93,7 @@ def open_writer(directory: Path) -> apsw.Connection:
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         if connection.execute("PRAGMA journal_mode = WAL").get != "wal":
             raise StoreFailed(f"{path} cannot be in WAL mode there: a volume must be a block device, never NFS")
+        connection.set_busy_timeout(BUSY_TIMEOUT_MS)
         # FULL, not NORMAL: an acknowledged write must survive power loss. NORMAL does not sync at commit in WAL mode.
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute(f"PRAGMA cache_size = -{WRITER_CACHE_KIB}")
@@ -104,6 +103,7 @@ def open_writer(directory: Path) -> apsw.Connection:
             sync_directory(directory)
         # What a killed process wrote into the WAL may not be synced, yet SQLite would show it: a checkpoint syncs it.
         connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        read_meta(connection)
     except apsw.Error as error:
         connection.close()
         raise StoreFailed(f"{path} cannot be opened: {error}") from error
@@ -116,7 +116,7 @@ def open_writer(directory: Path) -> apsw.Connection:
 def open_reader(directory: Path) -> apsw.Connection:
     """Open the store in *directory* for reading. The connection is for one thread at a time."""
     connection = apsw.Connection(str(directory / FILE_NAME), flags=apsw.SQLITE_OPEN_READONLY)
-    connection.set_busy_timeout(1000)
+    connection.set_busy_timeout(BUSY_TIMEOUT_MS)
     connection.execute(f"PRAGMA cache_size = -{READER_CACHE_KIB}")
     return connection
 

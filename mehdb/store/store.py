@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Final, Self, TypeVar
 
 from mehdb.errors import Compacted, Diverged, MehdbError, StoreFailed
-from mehdb.model import PAGE_BYTES, Chain, Change, Epoch, History, Page, Position, Revision
+from mehdb.model import PAGE_BYTES, VALUE_BYTES_LIMIT, Chain, Change, Epoch, History, Page, Position, Revision
 from mehdb.store.check import CheckReport, check
 from mehdb.store.lock import DirectoryLock
 from mehdb.store.log import Write
-from mehdb.store.reader import Reader
-from mehdb.store.schema import Meta, open_reader, open_writer
+from mehdb.store.reader import LargeValue, Reader
+from mehdb.store.schema import Meta, open_reader, open_writer, sync_directory
 from mehdb.store.writer import Writer
 
 T = TypeVar("T")
 
 SCAN_THREADS: Final = 4  # scans are short and share one interpreter: enough that one slow listing stops no follower
+SMALL_VALUE_BYTES: Final = 64 << 10  # 16 pages of the file: still quick if none of them is in the kernel's cache
 QUEUE_BYTES_MAX: Final = 64 << 20
 
 
@@ -31,8 +32,13 @@ class Store:
         self._lock = lock
         self._advanced = asyncio.Event()  # set, and replaced, after each commit
         self._closing = False
-        self._writer = Writer(open_writer(directory), queue_bytes_max, self._wake)
-        self._point_reader = Reader(directory)
+        connection = open_writer(directory)
+        try:
+            self._point_reader = Reader(directory)
+        except BaseException:
+            connection.close()
+            raise
+        self._writer = Writer(connection, queue_bytes_max, self._wake)
         self._scanners: list[Reader] = []
         self._scanner = threading.local()
         self._pool = ThreadPoolExecutor(SCAN_THREADS, "mehdb-scan")
@@ -45,6 +51,7 @@ class Store:
         """
         try:
             directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240  once, before anything is served
+            sync_directory(directory.parent)
             lock = DirectoryLock(directory)
         except OSError as error:
             raise StoreFailed(
@@ -59,10 +66,11 @@ class Store:
     async def close(self) -> None:
         """Finish the queued writes, checkpoint, and let the directory go."""
         self.stop_waiting()
-        await self._writer.close()
+        # The readers first: a snapshot that one of them holds would keep the last checkpoint from emptying the WAL.
         await asyncio.to_thread(self._pool.shutdown)
         for reader in (self._point_reader, *self._scanners):
             reader.close()
+        await self._writer.close()
         self._lock.release()
 
     # What is known without a read. All of it is durable.
@@ -126,12 +134,15 @@ class Store:
 
     # Reads.
 
-    def get(self, key: bytes) -> Change | None:
+    async def get(self, key: bytes) -> Change | None:
         """Return the change that *key* is live with, None if it is not live. Raises `DamagedRow`.
 
-        Runs on the event loop: it takes microseconds.
+        A small value is read on the event loop, which takes microseconds, a large one in a thread.
         """
-        return self._point_reader.get(key)
+        try:
+            return self._point_reader.get(key, SMALL_VALUE_BYTES)
+        except LargeValue:
+            return await self._scan(lambda reader: reader.get(key, VALUE_BYTES_LIMIT))
 
     async def keys(self, prefix: bytes = b"", after: bytes = b"", limit: int = 1000) -> list[bytes]:
         """Return live keys that start with *prefix* and sort after *after*, in byte order, at most *limit*."""

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeVar, cast
 
 import apsw
 
-from mehdb.errors import DiskFull, MehdbError, QueueFull, Stopping, StoreFailed
+from mehdb.errors import DiskFull, MehdbError, NotNow, QueueFull, Stopping, StoreFailed
 from mehdb.store.log import Log, Outcome, Write
 
 T = TypeVar("T")
@@ -169,6 +169,8 @@ class Writer:
             return work()
         except MehdbError as error:
             return error
+        except (apsw.BusyError, apsw.LockedError):  # an operator's sqlite3 holds the database: nothing was tried yet
+            return NotNow("another process uses the database, nothing was written: try again in a moment")
         except apsw.FullError:
             return DiskFull("the volume is full, nothing was written: make room or enlarge it")
         except Exception as error:  # noqa: BLE001  whatever it was, this process can no longer vouch for its writes

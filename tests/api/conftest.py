@@ -1,4 +1,4 @@
-"""The nodes that the tests of this folder share. None of them changes a role, and each test keeps to keys of its own."""
+"""The nodes that the tests of this folder share: no test changes a role, and each keeps to keys of its own."""
 
 import asyncio
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from cluster import Cluster, Node
 from wire import Connection
 

@@ -9,10 +9,34 @@ from mehdb.model import KEY_BYTES_MAX
 
 # RFC 3986, 3.3: what may stand in a path as it is, and the slash between its segments.
 LITERAL = frozenset((string.ascii_letters + string.digits + "-._~" + "!$&'()*+,;=" + ":@" + "/").encode())
-TELLING = ["/", "//", ".", "..", "%", "?", "#", "+", " ", "&", "=", "\\", '"', "%2F", "%25", "%ff", "\r\n", "\x7f", "é", "🗝"]
+TELLING = [
+    "/",
+    "//",
+    ".",
+    "..",
+    "%",
+    "?",
+    "#",
+    "+",
+    " ",
+    "&",
+    "=",
+    "\\",
+    '"',
+    "%2F",
+    "%25",
+    "%ff",
+    "\r\n",
+    "\x7f",
+    "é",
+    "🗝",
+]
 
 KEYS = (
-    st.lists(st.sampled_from(TELLING) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=1)
+    st.lists(
+        st.sampled_from(TELLING) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+        min_size=1,
+    )
     .map(lambda pieces: "".join(pieces).encode())
     .filter(lambda key: 0 < len(key) <= KEY_BYTES_MAX)
 )

@@ -11,10 +11,11 @@ from contextlib import ExitStack
 from time import monotonic
 
 import pytest
-from cluster import Cluster, Node, curl, eventually
-from conftest import running
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from cluster import Cluster, Node, curl, eventually
+from conftest import running
 from wire import Connection, ask, lines, request
 
 VALUE_BYTES_MAX = 100_000
@@ -40,7 +41,9 @@ def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 
 def put_head(key: str, **headers: object) -> bytes:
     """Return the head of a PUT. Underscores in the names of *headers* stand for dashes."""
-    return f"PUT /set/{key} HTTP/1.1\r\n".encode() + lines({n.replace("_", "-"): v for n, v in headers.items()}) + b"\r\n"
+    return (
+        f"PUT /set/{key} HTTP/1.1\r\n".encode() + lines({n.replace("_", "-"): v for n, v in headers.items()}) + b"\r\n"
+    )
 
 
 def chunk(data: bytes) -> bytes:
@@ -95,7 +98,9 @@ def test_a_chunked_body_over_the_limit_is_refused_while_it_streams(strict: Node)
 
 def test_a_whole_chunked_body_over_the_limit_is_refused_as_well(strict: Node) -> None:
     with Connection(strict) as connection:
-        connection.send(put_head("large", Transfer_Encoding="chunked") + chunk(bytes(VALUE_BYTES_MAX + 1)) + b"0\r\n\r\n")
+        connection.send(
+            put_head("large", Transfer_Encoding="chunked") + chunk(bytes(VALUE_BYTES_MAX + 1)) + b"0\r\n\r\n"
+        )
         assert connection.reply().error == "value_too_large"
         assert connection.ask("GET", "/status").body == b"leader", "in sync behind the refused body"
     assert_not_written(strict, "large")
@@ -160,7 +165,7 @@ def test_a_body_whose_chunks_are_broken_is_refused(strict: Node, body: bytes) ->
 
 @pytest.mark.parametrize("body", BROKEN)
 def test_a_body_whose_chunks_break_on_the_way_is_given_up(hasty: Node, body: bytes) -> None:
-    """aiohttp's parser in C does not tell the reader of the body, which sees it stall: 408 and not 400."""
+    """The parser of aiohttp does not tell the reader of the body, which sees it stall: 408 and not 400."""
     with Connection(hasty) as connection:
         connection.send(put_head("broken", Transfer_Encoding="chunked", Expect="100-continue"))
         assert connection.reply().status == 100
@@ -169,7 +174,9 @@ def test_a_body_whose_chunks_break_on_the_way_is_given_up(hasty: Node, body: byt
     assert_not_written(hasty, "broken")
 
 
-@pytest.mark.parametrize("framing", [{"Content_Length": 10}, {"Transfer_Encoding": "chunked"}], ids=["length", "chunked"])
+@pytest.mark.parametrize(
+    "framing", [{"Content_Length": 10}, {"Transfer_Encoding": "chunked"}], ids=["length", "chunked"]
+)
 def test_a_body_that_ends_early_is_not_written(strict: Node, framing: dict[str, object]) -> None:
     with Connection(strict) as connection:
         connection.send(put_head("half", **framing) + chunk(b"ab"))
@@ -190,7 +197,10 @@ def test_a_client_that_resets_the_connection_writes_nothing(strict: Node) -> Non
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=3000) | st.sampled_from([bytes(range(256)), b"\r\n\r\n", b"0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", bytes(70_000)]))
+@given(
+    st.binary(max_size=3000)
+    | st.sampled_from([bytes(range(256)), b"\r\n\r\n", b"0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", bytes(70_000)])
+)
 def test_a_value_is_read_byte_for_byte(connection: Connection, value: bytes) -> None:
     assert connection.ask("PUT", "/set/binary", value).status == 200
     assert connection.ask("GET", "/get/binary").body == value
@@ -204,7 +214,10 @@ def test_a_value_is_stored_as_it_was_sent_compressed_or_not(leader: Node) -> Non
         assert (read.body, read.headers["Content-Encoding"]) == (packed, None)
 
 
-@pytest.mark.parametrize("content_type", ["text/plain; charset=utf-8", "image/png", "x", "é".encode("punycode").decode(), 'a/b; c="d e"', "x" * 255])
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/plain; charset=utf-8", "image/png", "x", "é".encode("punycode").decode(), 'a/b; c="d e"', "x" * 255],
+)
 def test_the_content_type_is_kept(pair: Cluster, content_type: str) -> None:
     ask(pair.leader, "PUT", "/set/typed", b"1", {"Content-Type": content_type})
     pair.converge()
@@ -233,7 +246,9 @@ def test_a_connection_stays_in_sync_behind_every_refused_body(leader: Node, foll
         with Connection(node) as connection:
             for _ in range(3):
                 assert connection.ask("PUT", target, body).status == status
-                connection.send(b"PUT %s HTTP/1.1\r\n%s\r\n" % (target.encode(), lines({"Transfer-Encoding": "chunked"})))
+                connection.send(
+                    b"PUT %s HTTP/1.1\r\n%s\r\n" % (target.encode(), lines({"Transfer-Encoding": "chunked"}))
+                )
                 connection.send(chunk(body) + b"0\r\n\r\n")
                 assert connection.reply().status == status
             assert connection.ask("GET", "/livez").status == 200
@@ -246,7 +261,11 @@ def test_a_get_may_have_a_body_that_nobody_reads(connection: Connection) -> None
 
 def test_pipelined_requests_are_answered_in_order(connection: Connection) -> None:
     numbers = range(50)
-    connection.send(b"".join(request("PUT", f"/set/piped/{n % 3}", b"%d" % n) + request("GET", f"/get/piped/{n % 3}") for n in numbers))
+    connection.send(
+        b"".join(
+            request("PUT", f"/set/piped/{n % 3}", b"%d" % n) + request("GET", f"/get/piped/{n % 3}") for n in numbers
+        )
+    )
     revisions = []
     for number in numbers:
         revisions.append(connection.reply().revision)

@@ -1,12 +1,10 @@
 """What every answer bears, and what the answers to reads and writes say in their heads."""
 
-from collections.abc import Iterator
-
 import pytest
-from cluster import Cluster, Node
-from wire import Connection, Reply, ask
 
+from cluster import Cluster, Node
 from mehdb import __version__
+from wire import Connection, Reply, ask
 
 LARGE = str(1 << 40)
 ANSWERS = [
@@ -43,11 +41,11 @@ def assert_node_headers(reply: Reply, node: Node) -> None:
 
 
 @pytest.fixture(scope="module")
-def written(pair: Cluster) -> Iterator[Cluster]:
+def written(pair: Cluster) -> Cluster:
     """The pair, with a key on both."""
     ask(pair.leader, "PUT", "/set/headers/read", b"1", {"Content-Type": "text/html"})
     pair.converge()
-    yield pair
+    return pair
 
 
 @pytest.mark.parametrize(("method", "target", "by_leader", "by_follower"), ANSWERS)
@@ -74,7 +72,12 @@ def test_a_refused_body_has_these_headers_too(leader: Node) -> None:
 def test_a_write_is_answered_with_its_revision_and_revisions_rise_by_one(connection: Connection) -> None:
     first = connection.ask("PUT", "/set/revisions/a", b"1")
     assert (first.body, first.headers["ETag"]) == (b"WRITE completed", f'"{first.revision}"')
-    changes = [("PUT", "/set/revisions/b"), ("PUT", "/set/revisions/a"), ("DELETE", "/delete/revisions/b"), ("PUT", "/set/revisions/b")]
+    changes = [
+        ("PUT", "/set/revisions/b"),
+        ("PUT", "/set/revisions/a"),
+        ("DELETE", "/delete/revisions/b"),
+        ("PUT", "/set/revisions/b"),
+    ]
     for number, (method, target) in enumerate(changes, 1):
         reply = connection.ask(method, target, b"1" if method == "PUT" else b"")
         assert (reply.status, reply.revision) == (200, first.revision + number)
@@ -92,7 +95,10 @@ def test_a_value_bears_the_revision_it_was_written_at(connection: Connection) ->
 def test_a_value_is_never_sniffed(connection: Connection) -> None:
     connection.ask("PUT", "/set/sniffed", b"<script>")
     reply = connection.ask("GET", "/get/sniffed")
-    assert (reply.headers["Content-Type"], reply.headers["X-Content-Type-Options"]) == ("application/octet-stream", "nosniff")
+    assert (reply.headers["Content-Type"], reply.headers["X-Content-Type-Options"]) == (
+        "application/octet-stream",
+        "nosniff",
+    )
 
 
 def test_a_deletion_says_whether_there_was_something(connection: Connection) -> None:
@@ -105,7 +111,17 @@ def test_a_deletion_says_whether_there_was_something(connection: Connection) -> 
 
 @pytest.mark.parametrize(
     "target",
-    ["/get/headers/read", "/get/no/such/key", "/get/%ff", "/keys", "/status", "/status?level=full", "/livez", "/readyz", "/position"],
+    [
+        "/get/headers/read",
+        "/get/no/such/key",
+        "/get/%ff",
+        "/keys",
+        "/status",
+        "/status?level=full",
+        "/livez",
+        "/readyz",
+        "/position",
+    ],
 )
 def test_head_answers_as_get_does_but_without_the_body(written: Cluster, target: str) -> None:
     with Connection(written.leader) as connection:

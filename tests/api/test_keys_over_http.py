@@ -4,9 +4,10 @@ import unicodedata
 from urllib.parse import unquote_to_bytes
 
 import pytest
-from cluster import Cluster, Node, curl
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+
+from cluster import Cluster, Node, curl
 from keys import KEYS, encodings, in_url
 from wire import Connection, ask
 
@@ -33,8 +34,10 @@ def look_alikes(key: bytes) -> list[bytes]:
     """Return keys that a careless server takes for *key*."""
     text = key.decode()
     others = [
-        in_url(key), text + "/", "/" + text, text + " ", text + "?", text + "+", text.replace("/", "//"), text.replace("+", " "),
-        text.replace("/", "%2F"), text.casefold(), text.swapcase(), f"./{text}", f"x/../{text}", f"{text}/.", text.strip(),
+        in_url(key), text + "/", "/" + text, text + " ", text + "?", text + "+",
+        f"./{text}", f"x/../{text}", f"{text}/.",
+        text.replace("/", "//"), text.replace("+", " "), text.replace("/", "%2F"),
+        text.strip(), text.casefold(), text.swapcase(),
         *(unicodedata.normalize(form, text) for form in ("NFC", "NFD", "NFKC")),
     ]  # fmt: skip
     return [other.encode() for other in others if 0 < len(other.encode()) <= 1024]

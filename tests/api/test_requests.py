@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from keys import KEYS, encodings
 
+from keys import KEYS, encodings
 from mehdb.api.requests import PARAMETERS_MAX, Parameters, decode_key, no_parameters, seconds, target, whole_number
 from mehdb.errors import BadKey, BadParameter
 
@@ -50,7 +50,10 @@ def test_a_key_is_decoded_once(text: str, key: bytes) -> None:
     assert decode_key(text) == key
 
 
-@pytest.mark.parametrize("text", ["", "%", "a%", "%2", "%g0", "%%41", "%u00e9", "%ff", "%c3", "%ed%a0%80", "%C0%80", "a%00b", "a#b", "a" * 1025])
+@pytest.mark.parametrize(
+    "text",
+    ["", "%", "a%", "%2", "%g0", "%%41", "%u00e9", "%ff", "%c3", "%ed%a0%80", "%C0%80", "a%00b", "a#b", "a" * 1025],
+)
 def test_what_stands_for_no_key_is_refused(text: str) -> None:
     with pytest.raises(BadKey):
         decode_key(text)
@@ -86,7 +89,9 @@ def test_parameters_are_decoded() -> None:
     parameters.finish()
 
 
-@pytest.mark.parametrize("query", ["a=%ff", "a=%zz", "a=1%", "a=1&a=2", "a=1&a=1", "&".join(f"a{n}=" for n in range(PARAMETERS_MAX + 1))])
+@pytest.mark.parametrize(
+    "query", ["a=%ff", "a=%zz", "a=1%", "a=1&a=2", "a=1&a=1", "&".join(f"a{n}=" for n in range(PARAMETERS_MAX + 1))]
+)
 def test_a_query_that_says_nothing_for_certain_is_refused(query: str) -> None:
     with pytest.raises(BadParameter):
         Parameters(query)
@@ -114,7 +119,7 @@ def test_a_whole_number_is_within_its_bounds(number: int, zeros: int) -> None:
             parse(text)
 
 
-@pytest.mark.parametrize("text", ["", " 50", "50 ", "+50", "-50", "5_0", "5e1", "50.0", "٥٠", "0x32", "fifty"])
+@pytest.mark.parametrize("text", ["", " 50", "50 ", "+50", "-50", "5_0", "5e1", "5.0", "\u0665\u0660", "0x32", "fifty"])
 def test_what_is_no_whole_number_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="whole number"):
         whole_number(10, 100)(text)
@@ -125,7 +130,7 @@ def test_seconds_may_have_a_fraction(text: str, value: float) -> None:
     assert seconds(60)(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "-1", "60.1", "1e1", "nan", "inf", "1.", ".5", "1_0", "٥", "1s", "9" * 400])
+@pytest.mark.parametrize("text", ["", "-1", "60.1", "1e1", "nan", "inf", "1.", ".5", "1_0", "\u0665", "1s", "9" * 400])
 def test_what_are_no_seconds_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="seconds from 0 to 60"):
         seconds(60)(text)

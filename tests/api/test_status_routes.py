@@ -1,11 +1,11 @@
 """/status, /livez, /readyz and /metrics, as people, probes and Prometheus see them."""
 
 import pytest
-from cluster import Cluster, Node, eventually
 from prometheus_client.parser import text_string_to_metric_families
-from wire import Connection, ask
 
+from cluster import Cluster, Node, eventually
 from mehdb import __version__
+from wire import Connection, ask
 
 
 def json_status(node: Node) -> dict[str, object]:
@@ -20,7 +20,11 @@ def samples(node: Node) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     reply = ask(node, "GET", "/metrics")
     assert reply.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     families = text_string_to_metric_families(reply.body.decode())
-    return {(sample.name, frozenset(sample.labels.items())): sample.value for family in families for sample in family.samples}
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
 
 
 def requests_of(node: Node) -> dict[frozenset[tuple[str, str]], float]:
@@ -49,7 +53,10 @@ def test_a_json_status_tells_everything(pair: Cluster) -> None:
             "queue_bytes", "leader", "followers", "uptime_seconds", "version",
         }  # fmt: skip
         assert {name: status[name] for name in position} == position
-        shown = {name: status[name] for name in ("node", "role", "state", "ready", "reason", "epoch", "floor", "queue_bytes", "version")}
+        shown = {
+            name: status[name]
+            for name in ("node", "role", "state", "ready", "reason", "epoch", "floor", "queue_bytes", "version")
+        }
         assert shown == {
             "node": node.name, "role": role, "state": "serving", "ready": True, "reason": None, "epoch": 1, "floor": 0,
             "queue_bytes": 0, "version": __version__,
@@ -70,12 +77,16 @@ def test_a_follower_tells_of_its_leader_and_the_leader_of_its_followers(pair: Cl
 
     def acknowledged() -> bool:
         """The follower's next request does it."""
-        return any((one.node, one.revision, one.lag_revisions) == ("mehdb-1", revision, 0) for one in leader.status().followers)
+        return any(
+            (one.node, one.revision, one.lag_revisions) == ("mehdb-1", revision, 0) for one in leader.status().followers
+        )
 
     eventually(acknowledged, "the leader to know what its follower holds")
 
 
-@pytest.mark.parametrize("accept", ["application/json", "application/json, text/plain;q=0.5", "text/html,application/json;q=0.9,*/*"])
+@pytest.mark.parametrize(
+    "accept", ["application/json", "application/json, text/plain;q=0.5", "text/html,application/json;q=0.9,*/*"]
+)
 def test_a_json_status_is_asked_for_with_accept(leader: Node, accept: str) -> None:
     for target in ("/status", "/status?level=full"):
         assert ask(leader, "GET", target, headers={"Accept": accept}).json["role"] == "leader"
@@ -97,9 +108,15 @@ def test_metrics_agree_with_the_status(pair: Cluster) -> None:
     pair.converge()
     for node in pair.nodes:
         status, shown = json_status(node), samples(node)
-        gauges = {name: shown[f"mehdb_{name}", frozenset()] for name in ("ready", "keys", "revision", "floor", "epoch", "queue_bytes")}
+        gauges = {
+            name: shown[f"mehdb_{name}", frozenset()]
+            for name in ("ready", "keys", "revision", "floor", "epoch", "queue_bytes")
+        }
         assert gauges == {name: status[name] for name in gauges}
-        for label, choices in (("role", {"leader", "follower"}), ("state", {"starting", "syncing", "serving", "diverged", "stopped"})):
+        for label, choices in (
+            ("role", {"leader", "follower"}),
+            ("state", {"starting", "syncing", "serving", "diverged", "stopped"}),
+        ):
             told = {choice: shown[f"mehdb_{label}", frozenset({(label, choice)})] for choice in choices}
             assert {choice for choice, value in told.items() if value} == {status[label]}
     leader, follower = map(samples, pair.nodes)
@@ -119,7 +136,12 @@ def test_requests_are_counted_by_route_method_and_status(connection: Connection,
     connection.ask("GET", "/get/%00")
     after = requests_of(leader)
     risen = {labels: value - before.get(labels, 0) for labels, value in after.items() if value != before.get(labels, 0)}
-    assert {series("/set/", "PUT", 200): 3, series("/get/", "GET", 200): 1, series("/get/", "GET", 404): 1, series("/get/", "GET", 400): 1}.items() <= risen.items()
+    assert {
+        series("/set/", "PUT", 200): 3,
+        series("/get/", "GET", 200): 1,
+        series("/get/", "GET", 404): 1,
+        series("/get/", "GET", 400): 1,
+    }.items() <= risen.items()
     assert all(("route", "/set/") not in labels or count == 3 for labels, count in risen.items())
 
 

@@ -1,4 +1,4 @@
-"""HTTP as it goes over the wire: raw targets, halves of requests, several at once. Clients with manners send none of it."""
+"""HTTP as it goes over the wire: raw targets, halves of requests, several at once. Clients with manners send none."""
 
 import http.client
 import json
@@ -63,7 +63,9 @@ class Connection:
         size_bytes = 0 if bodiless else int(headers["Content-Length"])
         return Reply(status, headers, self._file.read(size_bytes))
 
-    def ask(self, method: str, target: str | bytes, body: bytes = b"", headers: Mapping[str, str] = NO_HEADERS) -> Reply:
+    def ask(
+        self, method: str, target: str | bytes, body: bytes = b"", headers: Mapping[str, str] = NO_HEADERS
+    ) -> Reply:
         """Send a whole request, with *target* as it is, and read its answer."""
         self.send(request(method, target, body, headers))
         return self.reply(method)
@@ -89,7 +91,9 @@ def lines(headers: Mapping[str, object]) -> bytes:
     return "".join(f"{name}: {value}\r\n" for name, value in ({"Host": "mehdb"} | headers).items()).encode()
 
 
-def ask(node: Node, method: str, target: str | bytes, body: bytes = b"", headers: Mapping[str, str] = NO_HEADERS) -> Reply:
+def ask(
+    node: Node, method: str, target: str | bytes, body: bytes = b"", headers: Mapping[str, str] = NO_HEADERS
+) -> Reply:
     """Send one request on a connection of its own."""
     with Connection(node) as connection:
         return connection.ask(method, target, body, headers)

@@ -1,9 +1,9 @@
 """Dockerfile and .dockerignore, held against the manifest, pyproject.toml and the code."""
 
 import pytest
-from sources import CONTAINER, DOCKERFILE, POD, PYPROJECT, ROOT, Dockerfile
 
 from mehdb.settings import SETTINGS, load
+from sources import CONTAINER, DOCKERFILE, POD, PYPROJECT, ROOT, Dockerfile
 
 
 def test_every_stage_stands_on_the_base_that_the_build_argument_names() -> None:

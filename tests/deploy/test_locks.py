@@ -3,6 +3,7 @@
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
 from sources import ROOT, lock, requirements
 
 RUNTIME, DEVELOPMENT, BUILD = "requirements.lock", "requirements-dev.lock", "requirements-build.lock"

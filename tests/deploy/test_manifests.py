@@ -8,9 +8,13 @@ from typing import Any
 import httpx
 import kubernetes_validate
 import pytest
-from cluster import Cluster, Node
 from kubernetes_validate.utils import all_versions
 from packaging.version import Version
+
+from cluster import Cluster, Node
+from mehdb import __version__, roles
+from mehdb.model import Role
+from mehdb.settings import SETTINGS, Settings, load
 from sources import (
     CONTAINER,
     ENVIRONMENT,
@@ -21,10 +25,6 @@ from sources import (
     documents,
     quantity,
 )
-
-from mehdb import __version__, roles
-from mehdb.model import Role
-from mehdb.settings import SETTINGS, Settings, load
 
 OLDEST_KUBERNETES = Version("1.27")  # the first whose StatefulSets have `.spec.ordinals` without a feature gate
 KUBERNETES = [str(version) for version in sorted(set(map(Version, all_versions()))) if version >= OLDEST_KUBERNETES]

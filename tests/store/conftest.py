@@ -4,10 +4,10 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from disk import Disk
-from stores import leading, opened
 
+from disk import Disk
 from mehdb.store import Store
+from stores import leading, opened
 
 
 @pytest.fixture

@@ -151,3 +151,8 @@ async def outcomes(tasks: Iterable["asyncio.Task[Revision]"], timeout_s: float =
     async with asyncio.timeout(timeout_s):
         results = await asyncio.gather(*tasks, return_exceptions=True)
     return [type(result) if isinstance(result, BaseException) else result for result in results]
+
+
+async def fill(store: Store, count: int, value: bytes = b"value") -> None:
+    """Write *count* changes of half as many keys."""
+    await outcomes(await enqueue(store, [Write(b"key-%d" % (n // 2), value + b"-%d" % n) for n in range(count)]))

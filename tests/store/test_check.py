@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from stores import catch_up, enqueue, leading, next_page, opened, problems_of, put, sql
 
 from mehdb.store import Store, Write
 from mehdb.store.check import PROBLEMS_MAX
+from stores import catch_up, enqueue, leading, next_page, opened, problems_of, put, sql
 
 # What the store of these tests holds. Live: b and c; superseded: 1 and 2; deleted: a.
 WRITES: Final = [

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from stores import child, leading, opened, put
 
 from mehdb.errors import DirectoryInUse, StoreFailed
 from mehdb.store import Store
 from mehdb.store.lock import DirectoryLock
+from stores import child, leading, opened, put
 
 HOLDER = """
 import asyncio, os, sys

@@ -8,13 +8,13 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stores import chain_anew, problems_of, seal_anew, sql, tables_of
 
 from mehdb.errors import Diverged, KeyNotFound, MehdbError, PeerAnswerInvalid, StaleEpoch
 from mehdb.model import GENESIS, ORIGIN, Chain, Change, Epoch, History, Page, Position, Revision
 from mehdb.store import Write
 from mehdb.store.log import Log, decide
 from mehdb.store.schema import open_writer
+from stores import chain_anew, problems_of, seal_anew, sql, tables_of
 
 HISTORY: Final = History("0123456789abcdef" * 2)
 OTHER_HISTORY: Final = History("f" * 32)

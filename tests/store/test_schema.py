@@ -6,21 +6,21 @@ from pathlib import Path
 
 import apsw
 import pytest
-from disk import DATABASE, WAL, Disk
-from stores import child, leading, opened, put, sql
 
+from disk import DATABASE, WAL, Disk
 from mehdb.errors import StoreFailed, UnknownSchema, UnsafeSqlite
-from mehdb.model import GENESIS, Position
+from mehdb.model import GENESIS, ORIGIN, Epoch, Position
 from mehdb.store import Store
 from mehdb.store.schema import (
     APPLICATION_ID,
-    EMPTY,
     SCHEMA_VERSION,
+    Meta,
     open_reader,
     open_writer,
     read_meta,
     refuse_unsafe_sqlite,
 )
+from stores import child, leading, opened, put, sql
 
 KILLED_WITH_A_WAL = """
 import asyncio, os, signal, sys
@@ -70,8 +70,8 @@ def test_a_sqlite_without_the_bug_is_taken(version: str) -> None:
 
 def test_a_new_store_is_empty_and_bears_our_mark(tmp_path: Path) -> None:
     connection = open_writer(tmp_path)
-    assert read_meta(connection) == EMPTY
-    assert EMPTY.position == Position(None, 0, GENESIS)
+    assert read_meta(connection) == Meta(None, Epoch(0), ORIGIN, GENESIS, ORIGIN, 0)
+    assert read_meta(connection).position == Position(None, ORIGIN, GENESIS)
     assert connection.pragma("application_id") == APPLICATION_ID == 0x6D656864
     assert connection.pragma("user_version") == SCHEMA_VERSION
     assert connection.execute("SELECT schema FROM meta").get == SCHEMA_VERSION

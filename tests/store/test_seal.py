@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stores import seal_anew
 
 from mehdb.model import GENESIS, Chain, Change, Revision
 from mehdb.store.seal import crc, seal
+from stores import seal_anew
 
 INT64 = st.integers(0, 2**63 - 1)
 BYTES = st.binary(max_size=6)

@@ -1,28 +1,12 @@
-"""The store as the rest of mehdb sees it: reads, pages, waiting, damage, and lives that end with kill -9."""
+"""The store as the rest of mehdb sees it: values, listings, histories, pages and waiting."""
 
 import asyncio
-import itertools
 from pathlib import Path
 from typing import Final
 
 import pytest
-from stores import (
-    catch_up,
-    chain_anew,
-    changes_of,
-    child,
-    elsewhere,
-    enqueue,
-    leading,
-    next_page,
-    opened,
-    outcomes,
-    problems_of,
-    put,
-    sql,
-)
 
-from mehdb.errors import Compacted, DamagedRow, Diverged, KeyNotFound, PeerAnswerInvalid, StaleEpoch
+from mehdb.errors import Compacted, Diverged, KeyNotFound, PeerAnswerInvalid, StaleEpoch
 from mehdb.model import (
     GENESIS,
     KEY_BYTES_MAX,
@@ -40,13 +24,23 @@ from mehdb.model import (
 )
 from mehdb.store import Store, Write
 from mehdb.store.reader import Reader
+from stores import (
+    catch_up,
+    chain_anew,
+    child,
+    elsewhere,
+    enqueue,
+    fill,
+    leading,
+    next_page,
+    opened,
+    outcomes,
+    problems_of,
+    put,
+    sql,
+)
 
 OTHER_HISTORY: Final = History("f" * 32)
-
-
-async def fill(store: Store, count: int, value: bytes = b"value") -> None:
-    """Write *count* changes of half as many keys."""
-    await outcomes(await enqueue(store, [Write(b"key-%d" % (n // 2), value + b"-%d" % n) for n in range(count)]))
 
 
 # Values.
@@ -56,7 +50,7 @@ async def fill(store: Store, count: int, value: bytes = b"value") -> None:
 @pytest.mark.parametrize("value", [b"", b"\0", b"hello", bytes(range(256)) * 4096])
 async def test_a_value_is_read_as_it_was_written(leader: Store, key: bytes, value: bytes) -> None:
     assert await put(leader, key, value, "text/plain; charset=utf-8") == 1
-    assert leader.get(key) == Change(Revision(1), key, value, "text/plain; charset=utf-8")
+    assert await leader.get(key) == Change(Revision(1), key, value, "text/plain; charset=utf-8")
     assert await leader.keys() == [key]
 
 
@@ -66,8 +60,8 @@ async def test_an_empty_value_is_not_a_deletion(leader: Store, follower: Store) 
     await put(leader, b"gone", None)
     await catch_up(follower, leader)
     for store in (leader, follower):
-        assert store.get(b"empty") == Change(Revision(1), b"empty", b"")
-        assert store.get(b"gone") is None
+        assert await store.get(b"empty") == Change(Revision(1), b"empty", b"")
+        assert await store.get(b"gone") is None
         assert (await store.keys(), store.meta.keys) == ([b"empty"], 1)
 
 
@@ -76,7 +70,7 @@ async def test_the_content_type_is_kept(leader: Store, follower: Store, content_
     await put(leader, b"k", b"v", content_type)
     await catch_up(follower, leader)
     for store in (leader, follower):
-        change = store.get(b"k")
+        change = await store.get(b"k")
         assert change is not None
         assert change.content_type == content_type
 
@@ -84,7 +78,7 @@ async def test_the_content_type_is_kept(leader: Store, follower: Store, content_
 async def test_a_content_type_does_not_outlive_its_value(leader: Store) -> None:
     await put(leader, b"k", b"v", "image/png")
     await put(leader, b"k", b"w")
-    change = leader.get(b"k")
+    change = await leader.get(b"k")
     assert change is not None
     assert change.content_type is None
 
@@ -105,7 +99,7 @@ async def test_keys_that_differ_in_their_bytes_are_different_keys(leader: Store)
         await put(leader, key, b"value of " + key)
     assert leader.meta.keys == len(keys)
     for key in keys:
-        change = leader.get(key)
+        change = await leader.get(key)
         assert change is not None
         assert change.value == b"value of " + key
 
@@ -296,7 +290,7 @@ async def test_a_value_larger_than_a_page_travels_alone(leader: Store, follower:
         keys.append([change.key for change in page.changes])
         await follower.apply(page)
     assert keys == [[b"large"], [b"small", b"larger"], [b"end"]]
-    change = follower.get(b"larger")
+    change = await follower.get(b"larger")
     assert change is not None
     assert change.value == b"x" * 4 * PAGE_BYTES
 
@@ -428,216 +422,3 @@ async def test_nobody_waits_for_a_store_that_closes(leader: Store) -> None:
         assert not await leader.wait_beyond(ORIGIN, 30)
         assert await put(leader, b"k", b"1") == 1  # only the waiting has ended
         assert await leader.wait_beyond(ORIGIN, 30)
-
-
-# Damage.
-
-KEY: Final = b"the key"
-VALUE: Final = b"the value"
-TYPE: Final = "text/plain"
-ROW: Final = KEY + VALUE + TYPE.encode()  # how SQLite lays the three columns out
-
-
-@pytest.fixture
-async def to_damage(directory: Path) -> Path:
-    """A closed store with one row to damage, between two others."""
-    async with leading(directory) as store:
-        await put(store, b"before", b"1")
-        await put(store, KEY, VALUE, TYPE)
-        await put(store, b"after", b"3")
-    return directory
-
-
-def flip(directory: Path, offset: int, bit: int = 0) -> None:
-    """Flip one bit of the row in the file, *offset* bytes from its key; its CRC follows the last of `ROW`."""
-    path = directory / "store.db"
-    data = bytearray(path.read_bytes())
-    assert data.count(ROW) == 1
-    data[data.index(ROW) + offset] ^= 1 << bit
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("bit", [0, 7])
-@pytest.mark.parametrize(
-    "offset",
-    [
-        pytest.param(0, id="key"),
-        pytest.param(len(KEY) - 1, id="end of the key"),
-        pytest.param(len(KEY), id="value"),
-        pytest.param(len(KEY + VALUE) - 1, id="end of the value"),
-        pytest.param(len(KEY + VALUE), id="content type"),
-        pytest.param(len(ROW) - 1, id="end of the content type"),
-        pytest.param(len(ROW), id="crc"),
-    ],
-)
-async def test_a_flipped_bit_is_never_served(to_damage: Path, offset: int, bit: int) -> None:
-    flip(to_damage, offset, bit)
-    async with opened(to_damage) as store:
-        with pytest.raises(DamagedRow, match="read another node"):
-            store.get(KEY)
-        with pytest.raises(DamagedRow, match="revision 2 is damaged"):
-            await store.page_after(Position())
-        problems = (await store.check()).problems
-        assert [line for line in problems if line.startswith("revision 2: the CRC")]
-        for key, value in [(b"before", b"1"), (b"after", b"3")]:  # the others are as good as ever
-            change = store.get(key)
-            assert change is not None
-            assert change.value == value
-
-
-async def test_no_bit_of_a_row_can_flip_unseen(to_damage: Path) -> None:
-    original = (to_damage / "store.db").read_bytes()
-    for offset, bit in itertools.product(range(len(ROW)), range(8)):
-        (to_damage / "store.db").write_bytes(original)
-        flip(to_damage, offset, bit)
-        reader = Reader(to_damage)
-        with pytest.raises(DamagedRow):
-            reader.get(KEY)
-        reader.close()
-
-
-async def test_a_damaged_row_can_be_written_anew(to_damage: Path) -> None:
-    flip(to_damage, len(KEY))
-    async with opened(to_damage) as store:
-        await put(store, KEY, b"new")
-        change = store.get(KEY)
-        assert change is not None
-        assert change.value == b"new"
-        with pytest.raises(DamagedRow):  # the log still holds the damage
-            await store.page_after(Position())
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "UPDATE entry SET revision = 1 WHERE revision = 2",
-        "UPDATE change SET value = NULL WHERE revision = 2",
-        "UPDATE change SET expires_at = 7 WHERE revision = 2",
-        "UPDATE change SET expires_at = -2 WHERE revision = 2",
-        "UPDATE change SET revision = -2 WHERE revision = 2; UPDATE entry SET revision = -2 WHERE revision = 2",
-        "UPDATE change SET content_type = NULL WHERE revision = 2",
-    ],
-)
-async def test_a_row_that_says_anything_else_than_was_written_is_never_served(to_damage: Path, statement: str) -> None:
-    sql(to_damage, statement)
-    async with opened(to_damage) as store:
-        with pytest.raises(DamagedRow):
-            store.get(KEY)
-
-
-async def test_an_index_that_leads_to_a_deletion_is_damage(directory: Path) -> None:
-    async with leading(directory) as store:
-        await put(store, b"k", b"v")
-        await put(store, b"k", None)
-    sql(directory, "INSERT INTO entry VALUES (x'6B', 2)")
-    async with opened(directory) as store:
-        with pytest.raises(DamagedRow):
-            store.get(b"k")
-
-
-async def test_a_torn_page_of_the_file_is_never_served(directory: Path) -> None:
-    async with leading(directory) as store:
-        await outcomes(await enqueue(store, [Write(b"key-%03d" % n, b"value" * 50) for n in range(200)]))
-    [(number,)] = sql(directory, "SELECT max(pageno) FROM dbstat WHERE name = 'change'")
-    with (directory / "store.db").open("r+b") as file:
-        file.seek((number - 1) * 4096)
-        file.write(b"\xa5" * 4096)
-    async with opened(directory) as store:
-        with pytest.raises(DamagedRow):
-            store.get(b"key-199")
-        with pytest.raises(DamagedRow):
-            await store.page_after(Position())
-        change = store.get(b"key-000")
-        assert change is not None
-        assert change.value == b"value" * 50
-
-
-# Lives that end suddenly.
-
-WRITER = """
-import asyncio, itertools, sys
-from pathlib import Path
-from mehdb.errors import KeyNotFound
-from mehdb.store import Store, Write
-
-async def main():
-    store = await Store.open(Path(sys.argv[1]))
-    epoch = store.meta.epoch + 1
-    await store.lead(epoch)
-
-    async def client(name):
-        for n in itertools.count():
-            key = f"{name}-{n % 5}"
-            value = None if n % 7 == 6 else f"{epoch}-{n}" * (n % 300)
-            revision = await store.write(Write(key.encode(), value if value is None else value.encode()))
-            print(revision, key, "deleted" if value is None else "=" + value, flush=True)
-
-    await asyncio.gather(*[client(name) for name in range(8)])
-
-asyncio.run(main())
-"""
-
-
-async def test_what_was_acknowledged_before_a_kill_is_there_after_it(directory: Path) -> None:
-    acknowledged: dict[int, tuple[bytes, bytes | None]] = {}
-    for life, lines_before_the_kill in enumerate((1, 400, 150), start=1):
-        with child(WRITER, directory) as writer:
-            assert writer.stdout
-            lines = [writer.stdout.readline() for _ in range(lines_before_the_kill)]
-            writer.kill()
-            lines += writer.stdout.readlines()
-        for line in lines:
-            if line.endswith("\n"):
-                revision, key, value = line.split()
-                acknowledged[int(revision)] = key.encode(), None if value == "deleted" else value[1:].encode()
-        async with opened(directory) as store:
-            assert store.head >= max(acknowledged)
-            assert store.meta.epoch == life
-            assert (await store.check()).problems == ()
-        changes = {change.revision: (change.key, change.value) for change in changes_of(directory)}
-        assert list(changes) == list(range(1, len(changes) + 1))
-        assert {revision: changes[Revision(revision)] for revision in acknowledged} == acknowledged
-    assert len(acknowledged) >= 551
-
-
-FOLLOWER = """
-import asyncio, sys
-from pathlib import Path
-from mehdb.model import decode_page
-from mehdb.store import Store
-
-async def main():
-    store = await Store.open(Path(sys.argv[1]))
-    pages = [decode_page(path.read_bytes()) for path in sorted(Path(sys.argv[2]).iterdir())]
-    for page in pages:
-        if page.after >= store.head:
-            await store.apply(page)
-            print(store.head, flush=True)
-    sys.stdin.read()
-
-asyncio.run(main())
-"""
-
-
-async def test_a_follower_killed_among_its_pages_goes_on_where_its_disk_says(leader: Store, tmp_path: Path) -> None:
-    await fill(leader, 60)
-    folder, reader = tmp_path / "pages", Reader(tmp_path / "leader")
-    folder.mkdir()
-    for n in range(20):
-        page = reader.page(Revision(3 * n), leader.meta, 100)
-        assert page is not None
-        assert len(page.changes) == 3
-        (folder / f"{n:02}").write_bytes(encode_page(page))
-    reader.close()
-    for pages_before_the_kill in (1, 4, 3):
-        with child(FOLLOWER, tmp_path / "follower", folder) as process:
-            assert process.stdout
-            applied = [int(process.stdout.readline()) for _ in range(pages_before_the_kill)]
-            process.kill()
-        async with opened(tmp_path / "follower") as follower:
-            assert follower.head >= applied[-1]
-            assert follower.head % 3 == 0  # whole pages only
-            assert (await follower.check()).problems == ()
-    async with opened(tmp_path / "follower") as follower:
-        await catch_up(follower, leader)
-        assert follower.position == leader.position

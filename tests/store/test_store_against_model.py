@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -21,12 +22,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from stores import chain_anew, changes_of, enqueue, outcomes, problems_of, seal_anew, until
 
 from mehdb.errors import Diverged, KeyNotFound, PeerAnswerInvalid
 from mehdb.model import GENESIS, KEY_BYTES_MAX, Chain, Change, Epoch, Page, Position, Revision, decode_page, encode_page
 from mehdb.store import Store, Write
 from mehdb.store.reader import Reader
+from stores import chain_anew, changes_of, enqueue, outcomes, problems_of, seal_anew, until
 
 T = TypeVar("T")
 
@@ -209,10 +210,10 @@ class Lives(RuleBasedStateMachine):
     @rule(key=KEYS)
     def get(self, key: bytes) -> None:
         """Read a key on both nodes."""
-        assert self.leader.get(key) == self.live.get(key)
+        assert self.run(self.leader.get(key)) == self.live.get(key)
         copied = [change for change in self.changes[: self.copied] if change.key == key]
         newest = copied[-1] if copied and copied[-1].value is not None else None
-        assert self.follower.get(key) == newest
+        assert self.run(self.follower.get(key)) == newest
 
     @rule(prefix=PREFIXES, after=PREFIXES | KEYS, limit=st.integers(1, 6))
     def keys(self, prefix: bytes, after: bytes, limit: int) -> None:
@@ -248,7 +249,7 @@ class Lives(RuleBasedStateMachine):
             self.pull()
         assert self.run(self.leader.keys()) == self.run(self.follower.keys()) == sorted(self.live)
         for key, change in self.live.items():
-            assert self.leader.get(key) == self.follower.get(key) == change
+            assert self.run(self.leader.get(key)) == self.run(self.follower.get(key)) == change
         self.run(self.leader.close())
         self.run(self.follower.close())
         for name in ("leader", "follower"):
@@ -257,6 +258,7 @@ class Lives(RuleBasedStateMachine):
         assert self.chains[-1] == chain_anew(self.changes)
 
 
+@pytest.mark.timeout(420)  # Hypothesis spends up to five minutes on making a failure short
 def test_a_store_holds_what_a_dict_and_a_list_would() -> None:
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(

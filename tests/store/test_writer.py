@@ -7,15 +7,15 @@ from typing import Final
 
 import apsw
 import pytest
-from disk import DATABASE, WAL, Disk
-from stores import child, enqueue, leading, next_page, opened, outcomes, put, sql, tables_of, until
 
+from disk import DATABASE, WAL, Disk
 from mehdb.errors import DiskFull, Diverged, KeyNotFound, QueueFull, Stopping, StoreFailed
 from mehdb.model import Epoch, History, Position
 from mehdb.store import Store, Write
 from mehdb.store.log import Log
 from mehdb.store.schema import open_writer
 from mehdb.store.writer import BATCH_BYTES_MAX, BATCH_WRITES_MAX, CHECKPOINT_PAGES, WRITE_OVERHEAD_BYTES, Writer
+from stores import child, enqueue, leading, next_page, opened, outcomes, put, sql, tables_of, until
 
 HISTORY: Final = History("0123456789abcdef" * 2)
 
@@ -49,7 +49,7 @@ async def test_a_write_is_neither_acknowledged_nor_shown_before_its_sync(
         [task] = await enqueue(leader, [Write(b"key", b"new")])
         await held(disk)
         assert not task.done()
-        change = leader.get(b"key")
+        change = await leader.get(b"key")
         assert change is not None
         assert (change.value, leader.position, tables_of(directory)) == (b"old", before, tables)
         assert await leader.page_after(before) is None
@@ -57,7 +57,7 @@ async def test_a_write_is_neither_acknowledged_nor_shown_before_its_sync(
         assert disk.syncs[WAL] == syncs
     assert await task == 2
     assert disk.syncs[WAL] == syncs + 1
-    change = leader.get(b"key")
+    change = await leader.get(b"key")
     assert change is not None
     assert (change.value, change.revision, leader.head) == (b"new", 2, 2)
 
@@ -126,8 +126,8 @@ async def test_outcomes_within_a_batch_are_decided_in_order(disk: Disk, leader: 
         )
     assert await outcomes([first, *rest]) == [1, 2, 3, KeyNotFound, 4, 5, KeyNotFound, 6]
     assert leader.commits == commits + 2
-    assert (leader.get(b"first"), leader.meta.keys, leader.head) == (None, 1, 6)
-    change = leader.get(b"k")
+    assert (await leader.get(b"first"), leader.meta.keys, leader.head) == (None, 1, 6)
+    change = await leader.get(b"k")
     assert change is not None
     assert (change.value, change.revision) == (b"3", 6)
 
@@ -293,8 +293,8 @@ async def test_a_failed_write_or_sync_is_final(disk: Disk, directory: Path, oper
         assert await outcomes(await enqueue(store, [*sets(2), Write(b"key-0", None)])) == [StoreFailed] * 3
         with pytest.raises(StoreFailed):
             await store.lead(Epoch(2))
-        assert (store.meta, store.queue_bytes, store.get(b"lost")) == (before, 0, None)
-        change = store.get(b"key-0")  # reads go on
+        assert (store.meta, store.queue_bytes, await store.get(b"lost")) == (before, 0, None)
+        change = await store.get(b"key-0")  # reads go on
         assert change is not None
         assert change.value == b"value"
     async with opened(directory) as store:
@@ -338,7 +338,7 @@ async def test_a_full_disk_fails_the_batch_and_the_store_lives_on(disk: Disk, le
     assert await outcomes(rest) == [DiskFull] * 3
     assert (leader.head, leader.meta.keys, leader.commits) == (2, before.keys + 1, commits + 1)
     assert not leader.failure.done()
-    change = leader.get(b"key-0")
+    change = await leader.get(b"key-0")
     assert change is not None
     assert change.value == b"old"
     assert await outcomes(await enqueue(leader, sets(3))) == [3, 4, 5]

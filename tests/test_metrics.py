@@ -1,0 +1,108 @@
+"""What Prometheus reads: every metric of a node, from its status and its counters."""
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from mehdb.metrics import CONTENT_TYPE, Metrics
+from mehdb.model import Epoch, FollowerStatus, History, LeaderStatus, NodeStatus, Revision, Role, State
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def status(**fields: object) -> NodeStatus:
+    """Return the status of a leader, but for *fields*."""
+    usual = {
+        "node": "mehdb-0", "role": Role.LEADER, "state": State.SERVING, "ready": True, "reason": None,
+        "history": History("aa" * 16), "epoch": Epoch(3), "revision": Revision(7), "chain": "00" * 16,
+        "floor": Revision(2),
+        "keys": 5, "queue_bytes": 11, "leader": None, "followers": (), "uptime_seconds": 1.5, "version": "0",
+    }  # fmt: skip
+    return NodeStatus(**usual | fields)  # type: ignore[arg-type]
+
+
+def samples(metrics: Metrics) -> Samples:
+    families = list(text_string_to_metric_families(metrics.render().decode()))
+    assert len({family.name for family in families}) == len(families), "each family once"
+    assert all(family.documentation for family in families)
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def of(found: Samples, name: str) -> dict[str, float]:
+    """Return the values of the metric *name* by its only label."""
+    return {labels[0][1]: value for (sample, labels), value in found.items() if sample == name}
+
+
+def test_a_status_becomes_gauges() -> None:
+    found = samples(Metrics(status))
+    gauges = {"ready": 1, "keys": 5, "revision": 7, "floor": 2, "epoch": 3, "queue_bytes": 11}
+    assert {name: found[f"mehdb_{name}", ()] for name in gauges} == gauges
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("role", Role)
+def test_exactly_one_role_and_one_state_is_1(role: Role, state: State) -> None:
+    found = samples(Metrics(lambda: status(role=role, state=state, ready=state is State.SERVING)))
+    assert of(found, "mehdb_role") == {one: float(one == role) for one in Role}
+    assert of(found, "mehdb_state") == {one: float(one == state) for one in State}
+    assert found["mehdb_ready", ()] == (state is State.SERVING)
+
+
+def test_the_status_is_asked_at_each_scrape_and_not_before() -> None:
+    asked: list[int] = []
+
+    def look() -> NodeStatus:
+        asked.append(1)
+        return status(revision=Revision(len(asked)))
+
+    metrics = Metrics(look)
+    assert not asked
+    assert [samples(metrics)["mehdb_revision", ()] for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_leader_tells_the_lag_of_each_follower() -> None:
+    followers = (FollowerStatus("mehdb-1", Revision(7), 0, 0.1), FollowerStatus("mehdb-2", Revision(4), 3, 0.1))
+    found = samples(Metrics(lambda: status(followers=followers)))
+    assert of(found, "mehdb_follower_lag_revisions") == {"mehdb-1": 0, "mehdb-2": 3}
+    assert ("mehdb_lag_revisions", ()) not in found
+
+
+def test_a_follower_tells_its_own_lag_once_it_knows() -> None:
+    unheard = LeaderStatus("http://mehdb-0:9876", None, None, None)
+    found = samples(Metrics(lambda: status(role=Role.FOLLOWER, leader=unheard)))
+    assert not {"mehdb_lag_revisions", "mehdb_leader_heard_seconds"} & {name for name, _ in found}
+    heard = LeaderStatus("http://mehdb-0:9876", Revision(9), 2, 0.25)
+    found = samples(Metrics(lambda: status(role=Role.FOLLOWER, leader=heard)))
+    assert (found["mehdb_lag_revisions", ()], found["mehdb_leader_heard_seconds", ()]) == (2, 0.25)
+
+
+def test_requests_are_counted_by_route_method_and_status() -> None:
+    metrics = Metrics(status)
+    for _ in range(3):
+        metrics.count_request("/get/", "GET", 200)
+    metrics.count_request("/get/", "GET", 404)
+    metrics.count_request("unknown", "unknown", 404)
+    found = {labels: value for (name, labels), value in samples(metrics).items() if name == "mehdb_requests_total"}
+    assert found == {
+        (("method", "GET"), ("route", "/get/"), ("status", "200")): 3,
+        (("method", "GET"), ("route", "/get/"), ("status", "404")): 1,
+        (("method", "unknown"), ("route", "unknown"), ("status", "404")): 1,
+    }
+
+
+def test_the_process_and_its_python_are_told_too() -> None:
+    names = {name for name, _ in samples(Metrics(status))}
+    assert {"process_resident_memory_bytes", "process_open_fds", "process_cpu_seconds_total", "python_info"} <= names
+
+
+def test_nodes_of_one_process_share_nothing() -> None:
+    first, second = Metrics(status), Metrics(status)
+    first.count_request("/get/", "GET", 200)
+    assert not any(name == "mehdb_requests_total" for name, _ in samples(second))
+
+
+def test_the_content_type_is_that_of_the_text_format() -> None:
+    assert CONTENT_TYPE == "text/plain; version=0.0.4; charset=utf-8"
