@@ -75,12 +75,9 @@ class Peer:
             query["history"], query["chain"] = position.history, position.chain.hex()
         try:
             async with asyncio.timeout(wait_s + PAGE_TIMEOUT_S):
-                pull = await self._pull(query, position.history, epoch, wait_s)
+                return await self._pull(query, position, epoch, wait_s)
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
             raise PeerUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
-        if pull.head < position.revision:
-            raise PeerAnswerInvalid(f"{self.url}: recognises revision {position.revision}, yet its head is {pull.head}")
-        return pull
 
     async def status(self) -> NodeStatus:
         """Return what the peer says of itself. Raises `PeerUnreachable` and `PeerAnswerInvalid`."""
@@ -91,9 +88,7 @@ class Peer:
             raise PeerUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
         return decode_status(answer.content)
 
-    async def _pull(
-        self, query: dict[str, str | int | float], own_history: History | None, seen: Epoch, wait_s: float
-    ) -> Pull:
+    async def _pull(self, query: dict[str, str | int | float], position: Position, seen: Epoch, wait_s: float) -> Pull:
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S + wait_s, connect=CONNECT_TIMEOUT_S)
         async with self._client.stream("GET", "/replicate", params=query, timeout=timeout) as answer:
             body = await _body(answer)
@@ -103,14 +98,16 @@ class Peer:
         history, epoch, head = (answer.headers.get(f"Mehdb-{name}", "") for name in ("History", "Epoch", "Revision"))
         if not (is_history(history) and NUMBER.fullmatch(epoch) and NUMBER.fullmatch(head)):
             raise PeerAnswerInvalid(f"{self.url} is no mehdb node, or of another version: its answer lacks our headers")
-        if history == own_history and int(epoch) < seen:
+        if history == position.history and int(epoch) < seen:
             raise StaleEpoch(f"{self.url} leads in epoch {epoch}, which is over: {seen} has been seen")
         if answer.status_code == Diverged.status:
             raise Diverged(_message(body))
         if answer.status_code == Compacted.status:
             raise Compacted(_message(body))
-        page = decode_page(body) if answer.status_code == 200 else None
-        if page is not None and (page.history != history or not page.changes):
+        if answer.status_code == 204:  # its head was ours when it said so; the header may already be of a later one
+            return Pull(History(history), Epoch(int(epoch)), position.revision, None)
+        page = decode_page(body)
+        if page.history != history or not page.changes:
             raise PeerAnswerInvalid(f"{self.url}: a page of nothing, or of another history than {history}")
         return Pull(History(history), Epoch(int(epoch)), Revision(int(head)), page)
 

@@ -96,11 +96,15 @@ class Follower:
 
     async def _apply_and_pull(self, pull: Pull, page: Page) -> Pull:
         """Apply the *page* of *pull* while the one after it travels, and return that."""
+
+        async def apply() -> None:
+            await self._store.apply(page)
+            self._note_progress(pull)
+
         # Both always run to their end: neither is left behind when the other fails.
-        applied, following = await asyncio.gather(self._store.apply(page), self._pull(page.end), return_exceptions=True)
+        applied, following = await asyncio.gather(apply(), self._pull(page.end), return_exceptions=True)
         if isinstance(applied, BaseException):
             raise applied
-        self._note_progress(pull)
         if isinstance(following, BaseException):
             raise following
         return following

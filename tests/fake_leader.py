@@ -97,7 +97,9 @@ def honest(store: Store) -> Answer:
         try:
             page = await next_page(store, request)
         except Diverged as error:
-            return web.Response(status=409, text=str(error))
+            return page_answer(
+                str(error).encode(), head=store.head, epoch=store.meta.epoch, history=store.meta.history, status=409
+            )
         meta = store.meta
         return page_answer(page, head=meta.head, epoch=meta.epoch, history=meta.history)
 

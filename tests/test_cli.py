@@ -203,15 +203,7 @@ def our_store(path: Path) -> None:
     asyncio.run(write())
 
 
-TORN = pytest.param(
-    torn_tables,
-    marks=pytest.mark.xfail(
-        reason="`read_meta` runs outside `open_writer`'s `try`: CorruptError is told as a traceback"
-    ),
-)
-
-
-@pytest.mark.parametrize("make", [random_bytes, another_database, newer_schema, cut_short, TORN])
+@pytest.mark.parametrize("make", [random_bytes, another_database, newer_schema, cut_short, torn_tables])
 def test_a_store_that_is_none_is_told_in_one_line_and_not_touched(tmp_path: Path, make: Callable[[Path], None]) -> None:
     path = tmp_path / "store.db"
     make(path)

@@ -16,6 +16,7 @@ def status(**fields: object) -> NodeStatus:
         "history": History("aa" * 16), "epoch": Epoch(3), "revision": Revision(7), "chain": "00" * 16,
         "floor": Revision(2),
         "keys": 5, "queue_bytes": 11, "leader": None, "followers": (), "uptime_seconds": 1.5, "version": "0",
+        "commits": 4,
     }  # fmt: skip
     return NodeStatus(**usual | fields)  # type: ignore[arg-type]
 

@@ -29,7 +29,7 @@ HISTORIES = st.binary(min_size=16, max_size=16).map(lambda data: History(data.he
 CHANGES = st.builds(
     Change,
     REVISIONS,
-    st.binary(min_size=1, max_size=20),
+    st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=20).map(str.encode),
     st.none() | st.binary(max_size=50),
     st.none() | st.text(max_size=20),
     st.none() | st.integers(0, INT64_MAX),

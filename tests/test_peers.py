@@ -8,7 +8,7 @@ from aiohttp import web
 
 from cluster import ADDRESS, Cluster, free_port
 from fake_leader import FakeLeader, fake_leader, page_answer
-from mehdb.errors import Compacted, Diverged, MehdbError, PeerAnswerInvalid, PeerUnreachable
+from mehdb.errors import Compacted, Diverged, MehdbError, PeerAnswerInvalid, PeerUnreachable, StaleEpoch
 from mehdb.model import PAGE_BYTES_MAX, Chain, Change, Epoch, History, Page, Position, Revision, encode_page
 from mehdb.peers import Peer, Pull
 
@@ -37,7 +37,7 @@ async def peer(leader: FakeLeader) -> AsyncIterator[Peer]:
 
 
 async def pull(peer: Peer, position: Position = POSITION, wait_s: float = 0) -> Pull:
-    return await peer.pull(position, node="mehdb-1", durable=Revision(1), wait_s=wait_s)
+    return await peer.pull(position, Epoch(3), node="mehdb-1", durable=Revision(1), wait_s=wait_s)
 
 
 async def test_a_pull_says_where_the_follower_is(leader: FakeLeader, peer: Peer) -> None:
@@ -70,8 +70,15 @@ def answers() -> dict[str, tuple[web.Response, type[MehdbError]]]:
     page = encode_page(PAGE)
     other_history = Page(History("bb" * 16), PAGE.epoch, PAGE.after, PAGE.chain, PAGE.changes)
     named = {
-        "a refusal": (web.Response(status=409, text="diverged"), Diverged),
-        "a snapshot is needed": (web.Response(status=410, text="compacted"), Compacted),
+        "a refusal": (page_answer(b"diverged", head=9, epoch=3, status=409), Diverged),
+        "a snapshot is needed": (page_answer(b"compacted", head=9, epoch=3, status=410), Compacted),
+        "a refusal by no node": (web.Response(status=409, text="gone"), PeerAnswerInvalid),
+        "a refusal by a leader whose time is over": (page_answer(b"", head=9, epoch=2, status=409), StaleEpoch),
+        "a refusal by the leader of another history": (
+            page_answer(b"", head=9, epoch=2, history="bb" * 16, status=409),
+            Diverged,
+        ),
+        "a page of a leader whose time is over": (page_answer(PAGE, head=9, epoch=2), StaleEpoch),
         "no such route": (web.Response(status=404, text="<h1>404</h1>", content_type="text/html"), PeerUnreachable),
         "not now": (web.Response(status=503), PeerUnreachable),
         "an error with a page": (page_answer(PAGE, head=9, status=500), PeerUnreachable),
@@ -80,15 +87,13 @@ def answers() -> dict[str, tuple[web.Response, type[MehdbError]]]:
         "another site": (web.Response(text="<html>", content_type="text/html"), PeerAnswerInvalid),
         "a page without headers": (web.Response(body=page), PeerAnswerInvalid),
         "nothing, without headers": (web.Response(status=204), PeerAnswerInvalid),
-        "an empty body": (page_answer(b"", head=9), PeerAnswerInvalid),
-        "garbage": (page_answer(b"\xc1garbage", head=9), PeerAnswerInvalid),
-        "JSON": (page_answer(b"[]", head=9), PeerAnswerInvalid),
-        "a page cut short": (page_answer(page[:-1], head=9), PeerAnswerInvalid),
-        "more than a page": (page_answer(page + b"\0", head=9), PeerAnswerInvalid),
-        "a page of nothing": (page_answer(EMPTY_PAGE, head=9), PeerAnswerInvalid),
-        "a page of another history": (page_answer(other_history, head=9), PeerAnswerInvalid),
-        "nothing new, although behind": (page_answer(None, head=POSITION.revision + 1), PeerAnswerInvalid),
-        "nothing new, although ahead": (page_answer(None, head=POSITION.revision - 1), PeerAnswerInvalid),
+        "an empty body": (page_answer(b"", head=9, epoch=3), PeerAnswerInvalid),
+        "garbage": (page_answer(b"\xc1garbage", head=9, epoch=3), PeerAnswerInvalid),
+        "JSON": (page_answer(b"[]", head=9, epoch=3), PeerAnswerInvalid),
+        "a page cut short": (page_answer(page[:-1], head=9, epoch=3), PeerAnswerInvalid),
+        "more than a page": (page_answer(page + b"\0", head=9, epoch=3), PeerAnswerInvalid),
+        "a page of nothing": (page_answer(EMPTY_PAGE, head=9, epoch=3), PeerAnswerInvalid),
+        "a page of another history": (page_answer(other_history, head=9, epoch=3), PeerAnswerInvalid),
     }
     for what, values in {
         "history": ("", "<html>", "AA" * 16, "aa" * 17),
@@ -155,7 +160,7 @@ async def test_a_page_of_the_largest_size_is_taken(leader: FakeLeader, peer: Pee
 async def test_half_a_page_is_none(leader: FakeLeader, peer: Peer) -> None:
     async def half(request: web.BaseRequest) -> web.StreamResponse:
         page = encode_page(PAGE)
-        response = page_answer(page, head=9)
+        response = page_answer(page, head=9, epoch=3)
         response.content_length = len(page) + 1
         await response.prepare(request)
         await response.write_eof()

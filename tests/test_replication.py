@@ -170,7 +170,7 @@ def bent(bend: Callable[[Page], Page | bytes | None], **headers: object) -> Call
             try:
                 page = await next_page(truth, request)
             except Diverged as error:  # asked for what follows the lie
-                return web.Response(status=409, text=str(error))
+                return page_answer(str(error).encode(), head=truth.head, history=truth.meta.history, status=409)
             assert page is not None
             told = {"head": truth.head, "epoch": truth.meta.epoch, "history": truth.meta.history} | headers
             return page_answer(bend(page), **told)  # type: ignore[arg-type]
@@ -198,7 +198,6 @@ INVALID = {
     "earlier changes": bent(lambda page: renumbered(page, -1)),
     "another place": bent(lambda page: with_(page, after=Revision(page.after + 1))),
     "nothing": bent(lambda page: with_(page, changes=(), chain=GENESIS)),
-    "nothing new": bent(lambda _: None),
     "another history in the page": bent(lambda page: with_(page, history=OTHER)),
     "half a page": bent(lambda _: b"\x95"),
     "garbage": bent(lambda _: b"\xc1" * 1000),
@@ -262,7 +261,8 @@ async def test_a_follower_whose_leader_tells_another_story_keeps_its_own(
 
 async def test_a_diverged_follower_asks_seldom_and_follows_again_when_it_is_recognised(tmp_path: Path) -> None:
     async def disown(_: web.BaseRequest) -> web.StreamResponse:
-        return web.Response(status=409, text="revision 3 is ahead of the head 1")
+        history = stage.truth.meta.history
+        return page_answer(b"revision 3 is ahead of the head 1", head=1, history=history, status=409)
 
     async with scene(tmp_path, held=3) as stage:
         await soon(lambda: stage.follower.state is State.SERVING, "the follower to serve")

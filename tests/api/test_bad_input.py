@@ -124,7 +124,7 @@ def test_a_wrong_method_is_answered_with_the_right_ones(pair: Cluster, target: s
                 assert_error(reply, 405, "method_not_allowed")
 
 
-@pytest.mark.parametrize("content_type", ["é", "text/plain;\tx", "x" * 256, ""])
+@pytest.mark.parametrize("content_type", ["é", "text/plain;\tx", "x" * 256])
 def test_a_content_type_that_no_header_can_bear_is_refused(leader: Node, content_type: str) -> None:
     assert_error(ask(leader, "PUT", "/set/a", b"1", {"Content-Type": content_type}), 400, "bad_parameter")
 

@@ -50,7 +50,7 @@ def test_a_json_status_tells_everything(pair: Cluster) -> None:
         status = json_status(node)
         assert set(status) == {
             "node", "role", "state", "ready", "reason", "history", "epoch", "revision", "chain", "floor", "keys",
-            "queue_bytes", "leader", "followers", "uptime_seconds", "version",
+            "queue_bytes", "leader", "followers", "uptime_seconds", "version", "commits",
         }  # fmt: skip
         assert {name: status[name] for name in position} == position
         shown = {

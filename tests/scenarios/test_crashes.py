@@ -4,13 +4,16 @@ import asyncio
 import random
 import shutil
 import signal
+import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
-from cluster import DEADLINE_S, Cluster, Node, eventually
+from cluster import ADDRESS, DEADLINE_S, Cluster, Node, eventually
 
 WRITERS = 8
 
@@ -43,6 +46,9 @@ class Load:
                 answer = await client.put(f"{self._url}/set/{key}", content=value)
             except httpx.TransportError:
                 await asyncio.sleep(0.01)  # the node is gone: give it the core to come back on
+                continue
+            if answer.status_code == 503:
+                assert answer.json()["error"] == "stopping"
                 continue
             assert answer.status_code == 200, answer.text
             self.acknowledged[key] = (int(answer.headers["ETag"].strip('"')), value)
@@ -187,11 +193,40 @@ def test_a_rolled_back_leader_does_not_roll_its_followers_back(cluster: Cluster,
     assert follower.get("/get/k").content == b"new"
 
 
-def test_stopping_finishes_the_writes_under_way(cluster: Cluster) -> None:
-    """SIGTERM and SIGINT exit 0; `Node.stop` asserts it."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_stop_under_load_exits_0_and_keeps_what_was_acknowledged(cluster: Cluster, number: int) -> None:
+    """`Node.stop` asserts the exit code."""
+    leader, follower = cluster.start(2).nodes
+    load = Load(leader.url)
+    async with load.running():
+        await load.more(200)
+        await asyncio.to_thread(leader.stop, number)
+        stopped_at = load.revision
+        await asyncio.to_thread(leader.start)
+        await load.more(50)
+    assert load.revision > stopped_at >= 200
+    cluster.converge()
+    assert_holds(leader, load)
+    assert_holds(follower, load)
+
+
+def test_a_reader_that_stalls_does_not_hold_up_a_stop_beyond_its_limit(cluster: Cluster) -> None:
+    leader = cluster.add(MEHDB_STOP_TIMEOUT="2").start()
+    leader.put("large", bytes(8 << 20))
+    with socket.create_connection((ADDRESS, leader.port)) as stalled:
+        stalled.sendall(b"GET /get/large HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert stalled.recv(12) == b"HTTP/1.1 200"
+        started_s = time.monotonic()
+        leader.stop()
+        assert time.monotonic() - started_s < 2 + DEADLINE_S / 4
+
+
+def test_one_read_does_not_keep_the_wal_from_being_used_again(cluster: Cluster) -> None:
+    """A snapshot that is held keeps SQLite from starting the WAL anew: it would grow with every write."""
     leader = cluster.start(1).leader
-    for number in (signal.SIGTERM, signal.SIGINT):
-        leader.put("k", b"%d" % number)
-        leader.stop(number)
-        leader.start()
-        assert leader.get("/get/k").content == b"%d" % number
+    leader.put("small", b"1")
+    assert leader.get("/get/small").content == b"1"
+    for number in range(60):
+        leader.put(f"large/{number}", bytes(1 << 20))
+    wal_bytes = (leader.volume / "store.db-wal").stat().st_size
+    assert wal_bytes < 32 << 20, "60 MiB were written, 16 MiB are kept before a checkpoint"

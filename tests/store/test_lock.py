@@ -61,16 +61,16 @@ async def test_a_store_that_cannot_be_opened_lets_the_directory_go(volume: Path)
     for _ in range(2):
         with pytest.raises(StoreFailed):
             await Store.open(volume)
-    with DirectoryLock(volume):
-        pass
+    DirectoryLock(volume).release()
 
 
 def test_the_lock_names_only_its_present_holder(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("1234567890123456789\n")
-    with DirectoryLock(tmp_path):
-        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
-        with pytest.raises(DirectoryInUse, match=f"process {os.getpid()}:"):
-            DirectoryLock(tmp_path)
+    lock = DirectoryLock(tmp_path)
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+    with pytest.raises(DirectoryInUse, match=f"process {os.getpid()}:"):
+        DirectoryLock(tmp_path)
+    lock.release()
 
 
 async def test_a_directory_that_cannot_be_made_is_told_plainly(tmp_path: Path) -> None:
