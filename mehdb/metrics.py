@@ -1,13 +1,14 @@
 """Prometheus metrics of one node, in a registry of their own: nothing here is global.
 
-Counters move as things happen. What a status already knows is read from it when Prometheus asks, so that it costs
-nothing in between and cannot disagree with `/status`.
+Requests are counted in a dictionary, and all else is read from the status when Prometheus asks, so that metrics cost
+next to nothing in between and cannot disagree with `/status`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
@@ -24,31 +25,25 @@ class Metrics:
 
     def __init__(self, status: Callable[[], NodeStatus]) -> None:
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "mehdb_requests", "Answered requests.", ["route", "method", "status"], registry=self._registry
-        )
-        self._children: dict[tuple[str, str, int], Counter] = {}
-        self._registry.register(_StatusCollector(status))
+        self._requests: Counter[tuple[str, str, int]] = Counter()
+        self._registry.register(_NodeCollector(status, self._requests))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         GCCollector(registry=self._registry)
 
     def count_request(self, route: str, method: str, status: int) -> None:
         """Count an answer. *route* and *method* are of a fixed set, never what a client sent."""
-        key = (route, method, status)
-        child = self._children.get(key)
-        if child is None:
-            child = self._children[key] = self._requests.labels(route, method, str(status))
-        child.inc()
+        self._requests[route, method, status] += 1
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
-class _StatusCollector(Collector):
-    def __init__(self, status: Callable[[], NodeStatus]) -> None:
+class _NodeCollector(Collector):
+    def __init__(self, status: Callable[[], NodeStatus], requests: Counter[tuple[str, str, int]]) -> None:
         self._status = status
+        self._requests = requests
 
     def describe(self) -> Iterator[Metric]:
         """Say nothing: a registry would otherwise collect once when this is registered, before the node exists."""
@@ -56,6 +51,10 @@ class _StatusCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         status = self._status()
+        requests = CounterMetricFamily("mehdb_requests", "Answered requests.", labels=["route", "method", "status"])
+        for (route, method, code), count in sorted(self._requests.items()):
+            requests.add_metric([route, method, str(code)], count)
+        yield requests
         yield _gauge("mehdb_ready", "1 if the node is ready.", status.ready)
         yield _gauge("mehdb_keys", "Live keys.", status.keys)
         yield _gauge("mehdb_revision", "The newest revision in the store.", status.revision)

@@ -5,9 +5,7 @@ read. Here the head is one string, written with the body in one go. Answers that
 """
 
 import asyncio
-from email.utils import formatdate
 from http import HTTPStatus
-from time import time
 from typing import Final
 
 import msgspec
@@ -95,18 +93,6 @@ class Answer(web.StreamResponse):
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing more: `prepare` has sent it all."""
-
-
-_date = (0, "")
-
-
-def date_header() -> str:
-    """Return the `Date` line of this second (RFC 9110, 6.6.1), formatted once a second."""
-    global _date
-    now = int(time())
-    if _date[0] != now:
-        _date = (now, f"Date: {formatdate(now, usegmt=True)}\r\n")
-    return _date[1]
 
 
 def json_answer(value: object, *, status: int = 200, headers: str = "") -> Answer:

@@ -5,12 +5,14 @@ It reads the raw target: aiohttp's own router would decode `a%2Fb` and `a/b` bef
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Final
+from email.utils import formatdate
+from time import time
+from typing import Final, NamedTuple
 
 from aiohttp import web
 
 from mehdb import __version__
-from mehdb.api.answers import Answer, date_header, error_answer
+from mehdb.api.answers import Answer, error_answer
 from mehdb.api.data import DataRoutes
 from mehdb.api.node import NodeView
 from mehdb.api.replicate import Followers, ReplicationRoutes
@@ -55,8 +57,8 @@ class Api:
         self._node = node
         self._store = store
         self._metrics = metrics
-        self._shown = 0  # the newest revision that an answer has shown
-        self._node_headers = f"Server: mehdb/{__version__}\r\nMehdb-Node: {node.name}\r\n"
+        self._node_headers = f"Server: mehdb/{__version__}\r\nMehdb-Node: {node.name}\r\nMehdb-Role: {node.role}\r\n"
+        self._common = _Common(None, None, 0, 0, "")
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer *request*. Never raises but for a client that has gone."""
@@ -112,10 +114,25 @@ class Api:
         SQLite shows a commit to readers a moment before the writer's thread can say so. Clients must not see the
         revision go back in between.
         """
-        meta, node = self._store.meta, self._node
-        self._shown = max(self._shown, meta.head, revision)
+        meta, state, now = self._store.meta, self._node.state, int(time())
+        shown = self._common
+        if meta is shown.meta and state is shown.state and now == shown.now and revision <= shown.revision:
+            return shown.lines
+        revision = max(meta.head, revision, shown.revision)
         history = f"Mehdb-History: {meta.history}\r\n" if meta.history else ""
-        return (
-            f"{self._node_headers}{date_header()}Mehdb-Role: {node.role}\r\nMehdb-State: {node.state}\r\n"
-            f"Mehdb-Revision: {self._shown}\r\nMehdb-Epoch: {meta.epoch}\r\n{history}"
+        lines = (
+            f"{self._node_headers}Date: {formatdate(now, usegmt=True)}\r\nMehdb-State: {state}\r\n"
+            f"Mehdb-Revision: {revision}\r\nMehdb-Epoch: {meta.epoch}\r\n{history}"
         )
+        self._common = _Common(meta, state, now, revision, lines)
+        return lines
+
+
+class _Common(NamedTuple):
+    """The headers that all answers share until one of these changes, and what they were made of."""
+
+    meta: object
+    state: State | None
+    now: int
+    revision: int
+    lines: str

@@ -42,14 +42,21 @@ class Reader:
         self._connection = open_reader(directory)
         self._cursor = self._connection.cursor()
 
+    def begin(self) -> None:
+        """Read from one snapshot from now on: to begin one for each read takes as long as the read itself."""
+        self._connection.execute("BEGIN")
+
+    def end(self) -> None:
+        """Let go of that snapshot. While one is held, SQLite cannot use the WAL again from its start."""
+        self._connection.execute("ROLLBACK")  # a COMMIT would fail again over a page that could not be read
+
     def get(self, key: bytes, value_bytes_max: int) -> Change | None:
         """Return the change that *key* is live with, None if it is not live.
 
         Raises `DamagedRow`, and `LargeValue` before it has read a value of more than *value_bytes_max*.
         """
         try:
-            # All rows, though there is one at most: only a statement that has ended lets go of its snapshot, and a
-            # snapshot that is held keeps the WAL from being used again.
+            # All rows, though there is one at most: a statement that has not ended holds its snapshot.
             rows = self._cursor.execute(GET, (key, value_bytes_max)).fetchall()
         except UNREADABLE as error:
             raise DamagedRow("the key's change cannot be read from this node's disk: read another node") from error

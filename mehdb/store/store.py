@@ -32,6 +32,7 @@ class Store:
         self._lock = lock
         self._advanced = asyncio.Event()  # set, and replaced, after each commit
         self._closing = False
+        self._pinned: Meta | None = None  # the state that point reads share a snapshot of
         connection = open_writer(directory)
         try:
             self._point_reader = Reader(directory)
@@ -139,6 +140,7 @@ class Store:
 
         A small value is read on the event loop, which takes microseconds, a large one in a thread.
         """
+        self._pin()
         try:
             return self._point_reader.get(key, SMALL_VALUE_BYTES)
         except LargeValue:
@@ -204,7 +206,26 @@ class Store:
             self._scanners.append(reader)
         return reader
 
+    def _pin(self) -> None:
+        """Have point reads share one snapshot, until the next commit or while a checkpoint is due.
+
+        It is begun after `meta` was read, so that it is at that head or beyond: no answer shows a head that its value
+        does not know of.
+        """
+        meta = self._writer.meta
+        if meta is not self._pinned:
+            self._unpin()
+            if not self._writer.checkpoint_due:
+                self._point_reader.begin()
+                self._pinned = meta
+
+    def _unpin(self) -> None:
+        if self._pinned is not None:
+            self._pinned = None
+            self._point_reader.end()
+
     def _wake(self) -> None:
+        self._unpin()  # though nobody may read for a long time: a snapshot that is held lets the WAL grow
         self._advanced.set()
         self._advanced = asyncio.Event()
 

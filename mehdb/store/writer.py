@@ -61,6 +61,11 @@ class Writer:
         """How many transactions have been committed."""
         return self._log.commits
 
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether the WAL is long enough: no snapshot may be held until the next commit has checkpointed it."""
+        return self._wal_pages >= CHECKPOINT_PAGES
+
     async def write(self, write: Write) -> Outcome:
         """Return the outcome of *write* once it is durable.
 
@@ -111,9 +116,10 @@ class Writer:
     def _run(self) -> None:
         job = self._queue.get()
         while job.work is not None:
+            due = self.checkpoint_due
             batch, following = self._take_batch(job)
             self._publish(batch, self._perform(batch))
-            if self._wal_pages >= CHECKPOINT_PAGES:  # after the acknowledgements, which need not wait for it
+            if due:  # since the commit before, so that readers have let go; after acknowledging, which need not wait
                 self._guarded(self._checkpoint)
                 self._publish([], [])  # so that a failure is known at once, not at the next write
             job = following or self._queue.get()

@@ -317,6 +317,8 @@ async def test_a_failed_checkpoint_is_a_failure_though_nobody_writes(disk: Disk,
     while pages < CHECKPOINT_PAGES:
         await put(leader, b"large", bytes(8 << 20))
         pages += (8 << 20) // 4096
+    assert not leader.failure.done()
+    await put(leader, b"small", b"")  # the commit that checkpoints: acknowledged before, and nobody writes after it
     assert isinstance(await asyncio.wait_for(leader.failure, 10), StoreFailed)
 
 
