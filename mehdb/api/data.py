@@ -70,6 +70,7 @@ class DataRoutes:
         if self._node.redirect_url is not None:
             return _redirect(self._node.redirect_url, target)
         no_parameters(target.query)
+        self._refuse_if_stopping()
         return await self._write(Write(key, None))
 
     async def keys(self, _request: web.BaseRequest, target: Target, _rest: str) -> Answer:
@@ -89,7 +90,6 @@ class DataRoutes:
         return json_answer(keys, headers=f'Link: </keys?{query}>; rel="next"\r\n')
 
     async def _write(self, write: Write) -> Answer:
-        self._refuse_if_stopping()
         revision = await self._store.write(write)
         return Answer(WRITTEN, TEXT, headers=f'ETag: "{revision}"\r\n', revision=revision)
 

@@ -6,9 +6,10 @@ Only the writer thread uses it.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import apsw
+import msgspec
 
 from mehdb.errors import Diverged, KeyNotFound, MehdbError, PeerAnswerInvalid, StaleEpoch
 from mehdb.model import Change, Epoch, History, Page, Revision
@@ -16,8 +17,7 @@ from mehdb.store.schema import Meta, read_meta
 from mehdb.store.seal import seal
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(msgspec.Struct, frozen=True, gc=False):
     """A request to the leader's store: set *key* to *value*, or delete it (*value* is None)."""
 
     key: bytes
