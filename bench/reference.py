@@ -2,8 +2,8 @@
 
 Usage: `python bench/reference.py application|low-level PORT`, on 127.0.0.1, until SIGTERM.
 
-    application   `web.Application`, as mehdb itself is built: GET answers a constant, PUT reads the body
-    low-level     `web.Server`, without routes: GET answers the constant. What leaving the router out would save
+    application   `web.Application`, the server that one writes with aiohttp: GET answers a constant, PUT reads the body
+    low-level     `web.Server`, which mehdb is built on, without any routes: GET answers the constant
 
 The routes are mehdb's and the constant is as long as the benchmark's values, so that both answer the same requests.
 """

@@ -138,6 +138,15 @@ class Node:
         return {name: position[name] for name in ("history", "revision", "chain")}
 
 
+async def check_volume(volume: Path) -> None:
+    """Verify every invariant of the store on a volume that no process has."""
+    store = await Store.open(volume)
+    try:
+        assert (await store.check()).problems == (), f"{volume} holds a broken store"
+    finally:
+        await store.close()
+
+
 @dataclass
 class Cluster:
     """Nodes mehdb-0, mehdb-1, …, of which mehdb-0 leads."""
@@ -197,11 +206,7 @@ class Cluster:
         """Verify every invariant of every store."""
         for node in self.nodes:
             if node.volume.exists():
-                store = await Store.open(node.volume)
-                try:
-                    assert (await store.check()).problems == (), f"{node.name} holds a broken store"
-                finally:
-                    await store.close()
+                await check_volume(node.volume)
 
 
 def curl(*arguments: str, stdin: bytes = b"") -> bytes:

@@ -1,6 +1,6 @@
 """A whole answer and its wire form.
 
-aiohttp's `Response` builds a header map, copies it, completes it and serialises it: a third of the time of a point
+aiohttp's `Response` builds a header map, copies it, completes it and serialises it: a quarter of the time of a point
 read. Here the head is one string, written with the body in one go. Answers that are streamed use aiohttp's own.
 """
 

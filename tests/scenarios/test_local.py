@@ -1,5 +1,6 @@
 """`mehdb local`: a StatefulSet of real processes on one machine."""
 
+import asyncio
 import os
 import pty
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster import DEADLINE_S, clean_environment, eventually, free_ports
+from cluster import DEADLINE_S, check_volume, clean_environment, eventually, free_ports
 from mehdb.model import NodeStatus, decode_status
 
 REPLICAS = 3
@@ -69,6 +70,8 @@ def local(tmp_path: Path) -> Iterator[Local]:
     finally:
         if running.process.poll() is None:
             running.stop(signal.SIGTERM)
+    for ordinal in range(REPLICAS):
+        asyncio.run(check_volume(tmp_path / "data" / f"mehdb-{ordinal}"))
 
 
 def test_nodes_start_in_order_each_when_the_one_before_is_ready(local: Local) -> None:
@@ -112,6 +115,16 @@ def test_a_taken_port_is_refused_before_anything_starts(local: Local, tmp_path: 
     assert done.returncode == 2
     assert len(re.findall(r"--port: \d+ is in use", done.stderr)) == REPLICAS
     assert not (tmp_path / "other" / "mehdb-0").exists()
+
+
+def test_a_cluster_that_cannot_be_kept_ends_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "mehdb-0.log").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "mehdb", "local", "--port", str(free_ports(REPLICAS)), "--data-dir", str(tmp_path)],
+        env=clean_environment(), capture_output=True, timeout=DEADLINE_S, check=False, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "mehdb-0.log" in done.stderr
 
 
 def test_a_terminal_shows_a_line_for_each_node_that_stays_current(tmp_path: Path) -> None:
