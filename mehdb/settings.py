@@ -36,9 +36,11 @@ def _text(pattern: re.Pattern[str], what: str) -> Callable[[str], str]:
     return parse
 
 
-def _whole(least: int, most: int) -> Callable[[str], int]:
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers from *least* to *most*."""
+
     def parse(text: str) -> int:
-        if not (re.fullmatch(r"[0-9]{1,12}", text) and least <= int(text) <= most):
+        if not (re.fullmatch("[0-9]{1,20}", text) and least <= int(text) <= most):
             raise ValueError(f"must be a whole number from {least} to {most}")
         return int(text)
 
@@ -115,7 +117,7 @@ class Settings:
         "MEHDB_HOST", _text(HOST_NAME, "host name"), None,
         "This node's name, NAME-ORDINAL: the ordinal decides the role.", "the host name",
     )  # fmt: skip
-    port: int = _setting("MEHDB_PORT", _whole(1, 65535), "9876", "The TCP port of every node.")
+    port: int = _setting("MEHDB_PORT", whole_number(1, 65535), "9876", "The TCP port of every node.")
     listen: str = _setting(
         "MEHDB_LISTEN", _text(re.compile(r"[0-9A-Za-z.:%-]+"), "address"), "0.0.0.0",  # noqa: S104  a pod's port is its API
         "The address to listen on.",
@@ -137,7 +139,7 @@ class Settings:
         "MEHDB_LOCAL", _switch, None, f"Follow a leader at {LOCAL_LEADER_URL}, as the Go mehdb did.", "off"
     )
     leader_ordinal: int = _setting(
-        "MEHDB_LEADER_ORDINAL", _whole(0, 999_999_999), "0", "The ordinal that leads (`.spec.ordinals.start`)."
+        "MEHDB_LEADER_ORDINAL", whole_number(0, 999_999_999), "0", "The ordinal that leads (`.spec.ordinals.start`)."
     )
     advertise_url: str | None = _setting(
         "MEHDB_ADVERTISE_URL", _advertise_url, None,

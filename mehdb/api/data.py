@@ -8,10 +8,10 @@ from aiohttp import web
 
 from mehdb.api.answers import TEXT, Answer, json_answer
 from mehdb.api.node import NodeView
-from mehdb.api.requests import BodyBudget, Parameters, Target, decode_key, no_parameters, read_body, whole_number
+from mehdb.api.requests import BodyBudget, Parameters, Target, decode_key, no_parameters, read_body
 from mehdb.errors import BadParameter, KeyNotFound, NotSynced, Stopping
 from mehdb.model import State
-from mehdb.settings import Settings
+from mehdb.settings import Settings, whole_number
 from mehdb.store import Store, Write
 
 KEYS_DEFAULT: Final = 1000  # one screenful for a person, one round trip for a program

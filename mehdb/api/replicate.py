@@ -13,7 +13,7 @@ from aiohttp import web
 
 from mehdb.api.answers import Answer, json_answer
 from mehdb.api.node import NodeView
-from mehdb.api.requests import Parameters, Target, no_parameters, seconds, whole_number
+from mehdb.api.requests import Parameters, Target, no_parameters, seconds
 from mehdb.errors import NotSynced
 from mehdb.model import (
     GENESIS,
@@ -27,6 +27,7 @@ from mehdb.model import (
     encode_page,
     is_history,
 )
+from mehdb.settings import whole_number
 from mehdb.store import Store
 
 MSGPACK: Final = "application/vnd.msgpack"

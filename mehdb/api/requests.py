@@ -92,17 +92,6 @@ def no_parameters(query: str) -> None:
         Parameters(query).finish()
 
 
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from *least* to *most*."""
-
-    def parse(text: str) -> int:
-        if not (re.fullmatch("[0-9]{1,20}", text) and least <= int(text) <= most):
-            raise ValueError(f"must be a whole number from {least} to {most}")
-        return int(text)
-
-    return parse
-
-
 def seconds(most: float) -> Callable[[str], float]:
     """Return a parser of seconds from 0 to *most*."""
 
