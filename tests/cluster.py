@@ -3,6 +3,7 @@
 Everything that waits has a deadline. `Cluster.stop` verifies every invariant of every store that is left.
 """
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -207,6 +208,18 @@ class Cluster:
         for node in self.nodes:
             if node.volume.exists():
                 await check_volume(node.volume)
+
+
+@contextlib.contextmanager
+def running(directory: Path) -> Iterator[Cluster]:
+    """Have nodes for many tests, as the fixture `cluster` does for one."""
+    nodes = Cluster(directory)
+    try:
+        yield nodes
+        nodes.stop()
+    finally:
+        nodes.discard()
+    asyncio.run(nodes.check())
 
 
 def curl(*arguments: str, stdin: bytes = b"") -> bytes:

@@ -1,26 +1,11 @@
 """The nodes that the tests of this folder share: no test changes a role, and each keeps to keys of its own."""
 
-import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from cluster import Cluster, Node
+from cluster import Cluster, Node, running
 from wire import Connection
-
-
-@contextmanager
-def running(directory: Path) -> Iterator[Cluster]:
-    """Have nodes for many tests, as the fixture `cluster` does for one."""
-    nodes = Cluster(directory)
-    try:
-        yield nodes
-        nodes.stop()
-    finally:
-        nodes.discard()
-    asyncio.run(nodes.check())
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster import Cluster, Node, curl, eventually
-from conftest import running
+from cluster import Cluster, Node, curl, eventually, running
 from wire import Connection, ask, lines, request
 
 VALUE_BYTES_MAX = 100_000
