@@ -199,9 +199,15 @@ class StoreError(MehdbError):
 
 
 class DirectoryInUse(StoreError):
-    """Another process holds the lock of the data directory."""
+    """Another process, *holder*, has the lock of the data directory."""
 
     code = "directory_in_use"
+
+    def __init__(self, directory: object, holder: str) -> None:
+        super().__init__(
+            f"{directory} is in use by process {holder}: stop that one, or give this node a --data-dir of its own"
+        )
+        self.holder = holder
 
 
 class UnsafeSqlite(StoreError):

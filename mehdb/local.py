@@ -9,8 +9,9 @@ import contextlib
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Final
@@ -24,6 +25,7 @@ from mehdb.errors import MehdbError, PeerError, SettingsError
 from mehdb.model import NodeStatus
 from mehdb.peers import Peer
 from mehdb.settings import inherited_environment
+from mehdb.store import lock_holder
 
 ADDRESS: Final = "127.0.0.1"
 COLUMNS: Final = ("node", "role", "url", "pid", "ready", "revision", "lag")
@@ -31,6 +33,7 @@ LOOK_EVERY_S: Final = 0.2  # often enough to look alive, seldom enough to cost n
 STOP_TIMEOUT_S: Final = 30.0  # the kubelet's default grace period
 RESTART_LEAST_S: Final = 0.5  # the kubelet waits longer, but somebody watches this one
 RESTART_MOST_S: Final = 10.0
+LOG_TAIL_BYTES: Final = 4096  # holds the last line
 SETTLED_S: Final = 10.0  # a process that lived this long died of something new
 
 
@@ -58,6 +61,11 @@ class Pod:
     def ready(self) -> bool:
         """Whether it said so when last asked."""
         return self.status is not None and self.status.ready
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready, in its own words; nothing if it is, or cannot say."""
+        return f" reason={self.status.reason}" if self.status and self.status.reason else ""
 
     def cells(self) -> tuple[str, ...]:
         """Return what `COLUMNS` names."""
@@ -91,7 +99,9 @@ class LocalCluster:
         async with self._shown():
             try:
                 for pod in self._pods:
-                    keepers[pod.name] = asyncio.create_task(self._guarded(self._keep(pod)), name=pod.name)
+                    if self._stop.is_set():
+                        break
+                    keepers[pod.name] = asyncio.create_task(self._guarded(partial(self._keep, pod)), name=pod.name)
                     await self._ready_or_stopped(pod)
                 if not self._stop.is_set() and not self._console.is_terminal:
                     self._console.print(self._hints(), soft_wrap=True)
@@ -104,21 +114,26 @@ class LocalCluster:
         if self._failure:
             raise MehdbError(f"the cluster was stopped: {self._failure}") from self._failure
 
-    async def _guarded(self, work: Coroutine[None, None, None]) -> None:
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do *work*, which does not end by itself. What it fails with stops the cluster."""
         try:
-            await work
+            await work()
         except Exception as error:  # noqa: BLE001  whatever it was, the cluster is no longer kept or watched
             self._failure = error
             self._stop.set()
 
     def _prepare(self) -> None:
         """Refuse what would fail in every node's log, before any is started."""
-        problems = [
-            f"--port: {pod.port} is in use{_last_process(pod)}, choose another range"
-            for pod in self._pods
-            if _taken(pod.port)
-        ]
+        problems = []
+        for pod in self._pods:
+            holder = lock_holder(pod.volume) if pod.volume.exists() else None
+            if holder:
+                problems.append(
+                    f"--data-dir: {pod.volume} is in use by process {holder}, of a cluster that still runs or was "
+                    f"killed: end it with `kill {holder}`"
+                )
+            elif _taken(pod.port):
+                problems.append(f"--port: {pod.port} is in use, choose another range")
         try:
             self._data_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -146,7 +161,8 @@ class LocalCluster:
                 raise
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             self._console.print(
-                f"{pod.name} (pid {pod.process.pid}) ended: {how}, see {pod.log}; starting it again on its volume",
+                f"{pod.name} (pid {pod.process.pid}) ended: {how}; starting it again on its volume. "
+                f"Its last words, in {pod.log}: {_last_line(pod.log)}",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
             pod.process = pod.status = None
@@ -174,12 +190,14 @@ class LocalCluster:
             peers = {pod.name: await stack.enter_async_context(Peer(pod.url)) for pod in self._pods}
             if live:
                 stack.enter_context(live)
-            watcher = asyncio.create_task(self._guarded(self._watch(peers, live)), name="watcher")
+            watcher = asyncio.create_task(self._guarded(partial(self._watch, peers, live)), name="watcher")
             try:
                 yield
             finally:
                 watcher.cancel()
                 await asyncio.wait([watcher])
+                if live:
+                    live.update(Text(f"The volumes are in {self._data_dir}."), refresh=True)
 
     async def _watch(self, peers: dict[str, Peer], live: Live | None) -> None:
         while True:
@@ -197,7 +215,7 @@ class LocalCluster:
             state = (line[1], line[3], line[4])
             if pod.process and self._said.get(pod.name) != state:
                 self._said[pod.name] = state
-                text = " ".join(f"{name}={cell}" for name, cell in zip(COLUMNS, line, strict=True))
+                text = " ".join(f"{name}={cell}" for name, cell in zip(COLUMNS, line, strict=True)) + pod.reason
                 self._console.print(text, highlight=False, soft_wrap=True)
 
     def _screen(self) -> Group:
@@ -205,7 +223,9 @@ class LocalCluster:
         for pod in self._pods:
             if pod.process or pod.status:
                 table.add_row(*pod.cells(), style=None if pod.ready else "dim")
-        return Group(table, self._hints() if all(pod.ready for pod in self._pods) else Text())
+        if all(pod.ready for pod in self._pods):
+            return Group(table, self._hints())
+        return Group(table, *(Text(pod.name + pod.reason, style="bold") for pod in self._pods if pod.reason))
 
     def _hints(self) -> Text:
         """Return the commands to try, for the processes that run now."""
@@ -243,12 +263,12 @@ async def _terminate(process: asyncio.subprocess.Process) -> None:
             await process.wait()
 
 
-def _last_process(pod: Pod) -> str:
-    """Return which process last had the volume: nodes outlive a `mehdb local` that was killed."""
-    try:
-        return f" (by process {(pod.volume / 'lock').read_text().split()[0]}?)"
-    except (OSError, IndexError):
-        return ""
+def _last_line(log: Path) -> str:
+    """Return the last line of a log: what a process that ended had to say."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    return lines[-1] if lines else "nothing was logged"
 
 
 def _taken(port: int) -> bool:

@@ -20,6 +20,7 @@ from mehdb.model import (
     Page,
     Position,
     Revision,
+    Role,
     decode_page,
     decode_status,
     error_message,
@@ -98,6 +99,8 @@ class Peer:
         history, epoch, head = (answer.headers.get(f"Mehdb-{name}", "") for name in ("History", "Epoch", "Revision"))
         if not (is_history(history) and NUMBER.fullmatch(epoch) and NUMBER.fullmatch(head)):
             raise PeerAnswerInvalid(f"{self.url} is no mehdb node, or of another version: its answer lacks our headers")
+        if answer.headers.get("Mehdb-Role") != Role.LEADER:
+            raise PeerAnswerInvalid(f"{self.url} does not lead: is the list of peers in order?")
         if history == position.history and int(epoch) < seen:
             raise StaleEpoch(f"{self.url} leads in epoch {epoch}, which is over: {seen} has been seen")
         if answer.status_code == Diverged.status:

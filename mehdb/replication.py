@@ -26,6 +26,7 @@ WAIT_S: Final = (
 )
 BACKOFF_LEAST_S: Final = 0.1  # a leader that restarts is back within a second
 BACKOFF_MOST_S: Final = 5.0  # one that does not is not asked more often than this
+DIVERGED_ADVICE: Final = "; this node keeps its data: bring the leader's own volume back, or empty this one to copy it"
 DIVERGED_RETRY_S: Final = 10.0  # an operator has to act: asking often helps nobody
 
 
@@ -49,7 +50,8 @@ class Follower:
         if self.state is State.SERVING:
             return None
         if self._error is not None:
-            return f"{self._error.code}: {self._error}"
+            advice = DIVERGED_ADVICE if self.state is State.DIVERGED else ""
+            return f"{self._error.code}: {self._error}{advice}"
         return f"at revision {self._store.head}, must reach {'the leader' if self._target is None else self._target}"
 
     def status(self) -> LeaderStatus:
@@ -140,5 +142,5 @@ class Follower:
             level = logging.ERROR if isinstance(error, Diverged | Compacted) else logging.WARNING
             log.log(level, 'leader not followed code=%s leader=%s reason="%s"', error.code, self._leader.url, error)
         if isinstance(error, Diverged):
-            self.state, self._target = State.DIVERGED, None
+            self.state, self._target, self._head = State.DIVERGED, None, None
         self._error = error

@@ -74,7 +74,12 @@ def page_answer(
 ) -> web.Response:
     """Return an answer to `/replicate` with any contents: of a page or none, and of the headers."""
     body = encode_page(page) if isinstance(page, Page) else page
-    headers = {"Mehdb-History": str(history), "Mehdb-Epoch": str(epoch), "Mehdb-Revision": str(head)}
+    headers = {
+        "Mehdb-Role": "leader",
+        "Mehdb-History": str(history),
+        "Mehdb-Epoch": str(epoch),
+        "Mehdb-Revision": str(head),
+    }
     return web.Response(status=status or (204 if body is None else 200), body=body, headers=headers)
 
 

@@ -4,6 +4,7 @@ It reads the raw target: aiohttp's own router would decode `a%2Fb` and `a/b` bef
 """
 
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from time import time
@@ -83,10 +84,9 @@ class Api:
 
     def refuse(self, request: web.BaseRequest, reason: str) -> web.StreamResponse:
         """Answer a *request* that could not be parsed; *reason* is the parser's."""
-        first_line = reason.partition("\n")[0].rstrip(":")
-        answer = error_answer(
-            MalformedRequest(f"the request is malformed ({first_line}): percent-encode what is no ASCII in the target")
-        )
+        what = re.split(r"[:\n]", reason)[0]  # without the bytes that the parser quotes behind it
+        advice = "percent-encode what is no ASCII in the target" if "url" in what else "send HTTP/1.1 (RFC 9112)"
+        answer = error_answer(MalformedRequest(f"the request is malformed ({what}): {advice}"))
         self._metrics.count_request(UNKNOWN, UNKNOWN, answer.status)
         answer.complete(request, self._common_headers(0), last=True)
         return answer

@@ -14,7 +14,8 @@ durable, shown after it is durable, and shown as it was written or not at all.
 """
 
 from mehdb.store.check import CheckReport
+from mehdb.store.lock import lock_holder
 from mehdb.store.log import Write
 from mehdb.store.store import Store
 
-__all__ = ["CheckReport", "Store", "Write"]
+__all__ = ["CheckReport", "Store", "Write", "lock_holder"]

@@ -19,12 +19,21 @@ class DirectoryLock:
         except BlockingIOError as error:
             holder = os.pread(self._fd, 32, 0).decode(errors="replace").partition("\n")[0] or "unknown"
             os.close(self._fd)
-            raise DirectoryInUse(
-                f"{directory} is in use by process {holder}: stop that one, or give this node a --data-dir of its own"
-            ) from error
+            raise DirectoryInUse(directory, holder) from error
         # Written before it is cut: whoever reads the file's first line finds one process or the other, never nothing.
         os.ftruncate(self._fd, os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0))
 
     def release(self) -> None:
         """Let the next process have the directory."""
         os.close(self._fd)
+
+
+def lock_holder(directory: Path) -> str | None:
+    """Return the process that has *directory*, as text; None if nobody has."""
+    try:
+        DirectoryLock(directory).release()
+    except DirectoryInUse as error:
+        return error.holder
+    except OSError:  # there is no such directory, or not for us
+        return None
+    return None

@@ -173,6 +173,26 @@ def test_followers_keep_their_data_when_the_leader_returns_empty(cluster: Cluste
     assert "code=diverged" in follower.log
 
 
+def test_a_lost_leader_volume_is_replaced_by_a_copy_of_a_followers(cluster: Cluster) -> None:
+    """The README's last resort, when things went wrong."""
+    leader, follower = cluster.start(2).nodes
+    leader.put("k", b"v")
+    before = cluster.converge()
+    leader.stop()
+    shutil.rmtree(leader.volume)
+    leader.start()
+    eventually(lambda: follower.status().state == "diverged", "the follower to notice another history")
+    assert "bring the leader's own volume back" in (follower.status().reason or "")
+    cluster.stop()
+    shutil.rmtree(leader.volume)
+    leader.volume.mkdir()
+    shutil.copy(follower.volume / "store.db", leader.volume)
+    leader.start()
+    follower.start()
+    assert cluster.converge() == before
+    assert leader.get("/get/k").content == b"v"
+
+
 def test_a_rolled_back_leader_does_not_roll_its_followers_back(cluster: Cluster, tmp_path: Path) -> None:
     leader, follower = cluster.start(2).nodes
     leader.put("k", b"old")

@@ -107,14 +107,37 @@ def test_a_signal_stops_all_in_reverse_order(local: Local, number: int) -> None:
         assert "stopped node=" in (local.data_dir / f"mehdb-{ordinal}.log").read_text()
 
 
-def test_a_taken_port_is_refused_before_anything_starts(local: Local, tmp_path: Path) -> None:
+def started_beside(local: Local, data_dir: Path, port: int) -> str:
+    """Return what a second cluster says before it starts anything."""
     done = subprocess.run(
-        [sys.executable, "-m", "mehdb", "local", "--port", str(local.port), "--data-dir", str(tmp_path / "other")],
+        [sys.executable, "-m", "mehdb", "local", "--port", str(port), "--data-dir", str(data_dir)],
         env=clean_environment(), capture_output=True, timeout=DEADLINE_S, check=False, text=True,
     )  # fmt: skip
     assert done.returncode == 2
-    assert len(re.findall(r"--port: \d+ is in use", done.stderr)) == REPLICAS
+    assert local.all_ready()
+    return done.stderr
+
+
+def test_a_taken_port_is_refused_before_anything_starts(local: Local, tmp_path: Path) -> None:
+    said = started_beside(local, tmp_path / "other", local.port)
+    assert len(re.findall(r"--port: \d+ is in use", said)) == REPLICAS
     assert not (tmp_path / "other" / "mehdb-0").exists()
+
+
+def test_a_volume_in_use_is_refused_and_says_which_process_to_end(local: Local) -> None:
+    said = started_beside(local, local.data_dir, free_ports(REPLICAS))
+    for ordinal in range(REPLICAS):
+        assert f"end it with `kill {local.pid(ordinal)}`" in said
+
+
+def test_a_stop_while_it_starts_leaves_no_process_and_no_traceback(tmp_path: Path) -> None:
+    running = Local(tmp_path / "data", tmp_path / "output")
+    eventually(lambda: (tmp_path / "data" / "mehdb-0" / "lock").exists(), "the first node to start", STOP_DEADLINE_S)
+    running.stop(signal.SIGINT)
+    assert "Warning" not in running.printed
+    assert "Traceback" not in running.printed
+    assert "mehdb-2" not in running.printed
+    assert running.status(0) is None
 
 
 def test_a_cluster_that_cannot_be_kept_ends_and_says_why(tmp_path: Path) -> None:
