@@ -246,10 +246,13 @@ class LocalCluster:
 
 async def _look(pod: Pod, peer: Peer) -> None:
     """Ask *pod* how it is."""
+    process = pod.process
     try:
-        pod.status = await peer.status()
+        status = await peer.status()
     except PeerError:
-        pod.status = None
+        status = None
+    if pod.process is process:  # else it has ended since, and what it said is over
+        pod.status = status
 
 
 async def _terminate(process: asyncio.subprocess.Process) -> None:

@@ -21,9 +21,8 @@ from mehdb.store import Store
 
 log = logging.getLogger("mehdb.replication")
 
-WAIT_S: Final = (
-    5.0  # how long the leader holds a request when nothing is new: bounds how old "last heard" gets meanwhile
-)
+# How long the leader holds a request when nothing is new. It bounds how old "last heard" gets meanwhile.
+WAIT_S: Final = 5.0
 BACKOFF_LEAST_S: Final = 0.1  # a leader that restarts is back within a second
 BACKOFF_MOST_S: Final = 5.0  # one that does not is not asked more often than this
 DIVERGED_ADVICE: Final = "; this node keeps its data: bring the leader's own volume back, or empty this one to copy it"

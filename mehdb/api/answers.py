@@ -100,12 +100,12 @@ def json_answer(value: object, *, status: int = 200, headers: str = "") -> Answe
     return Answer(msgspec.json.encode(value) + b"\n", JSON, status=status, headers=headers)
 
 
-def error_answer(error: MehdbError, *, status: int | None = None, headers: str = "") -> Answer:
+def error_answer(error: MehdbError) -> Answer:
     """Return *error* as JSON: `error` (a stable code), `message` (what to do next) and `status`."""
-    status = status or error.status
+    headers = ""
     if error.retry_after_s is not None:
         headers += f"Retry-After: {error.retry_after_s}\r\n"
     if isinstance(error, MethodNotAllowed):
         headers += f"Allow: {error.allowed}\r\n"
-    body = {"error": error.code, "message": str(error), "status": status}
-    return json_answer(body, status=status, headers=headers)
+    body = {"error": error.code, "message": str(error), "status": error.status}
+    return json_answer(body, status=error.status, headers=headers)

@@ -116,10 +116,13 @@ class BodyBudget:
             raise QueueFull(f"{self._held_bytes} bytes are arriving: nothing was written, try again in a moment")
 
     def take(self, size_bytes: int) -> None:
-        """Hold that many bytes more; fewer, if negative. Raises `QueueFull`."""
-        if size_bytes > 0:
-            self.require(size_bytes)
+        """Hold that many bytes more. Raises `QueueFull`."""
+        self.require(size_bytes)
         self._held_bytes += size_bytes
+
+    def give_back(self, size_bytes: int) -> None:
+        """Hold that many bytes no longer."""
+        self._held_bytes -= size_bytes
 
 
 async def read_body(request: web.BaseRequest, bytes_max: int, stall_s: float, budget: BodyBudget) -> bytes:
@@ -165,7 +168,7 @@ async def _read_chunks(content: StreamReader, bytes_max: int, stall_s: float, bu
             f"the body stalled for {stall_s:g} s or is too slow ({size_bytes} bytes came): nothing was written"
         ) from error
     finally:
-        budget.take(-size_bytes)
+        budget.give_back(size_bytes)
 
 
 def _too_large(bytes_max: int) -> ValueTooLarge:

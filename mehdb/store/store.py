@@ -69,6 +69,7 @@ class Store:
         self.stop_waiting()
         # The readers first: a snapshot that one of them holds would keep the last checkpoint from emptying the WAL.
         await asyncio.to_thread(self._pool.shutdown)
+        self._unpin()
         for reader in (self._point_reader, *self._scanners):
             reader.close()
         await self._writer.close()
@@ -209,8 +210,7 @@ class Store:
     def _pin(self) -> None:
         """Have point reads share one snapshot, until the next commit or while a checkpoint is due.
 
-        It is begun after `meta` was read, so that it is at that head or beyond: no answer shows a head that its value
-        does not know of.
+        It is begun after `meta` was read, so that it is at that head or beyond.
         """
         meta = self._writer.meta
         if meta is not self._pinned:
