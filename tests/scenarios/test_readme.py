@@ -1,5 +1,6 @@
 """The README's walk on this machine: its commands, read out of it, do what it shows."""
 
+import asyncio
 import re
 import signal
 import subprocess
@@ -10,8 +11,9 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from cluster import clean_environment, eventually, free_ports
+from cluster import check_volume, clean_environment, eventually, free_ports
 from mehdb.settings import SETTINGS, flag
+from mehdb.store import lock_holder
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -62,6 +64,10 @@ def port(tmp_path: Path) -> Iterator[int]:
     finally:
         up.send_signal(signal.SIGTERM)
         up.wait(STEP_DEADLINE_S)
+    for ordinal in range(PORTS):
+        volume = tmp_path / "data" / f"mehdb-{ordinal}"
+        eventually(lambda: lock_holder(volume) is None, f"{volume} to be let go")  # noqa: B023
+        asyncio.run(check_volume(volume))
 
 
 def test_the_walk_on_this_machine_shows_what_the_readme_shows(port: int, tmp_path: Path) -> None:
