@@ -5,13 +5,16 @@ PORT     ?= 9876
 REPLICAS ?= 3
 DATA     ?= data
 
-.PHONY: up test check bench lock clean
+.PHONY: up test soak check bench lock clean
 
 up: .venv/installed  ## Run a local cluster: PORT=9876 REPLICAS=3 DATA=data
 	@exec .venv/bin/mehdb local --replicas $(REPLICAS) --port $(PORT) --data-dir $(DATA)
 
 test: .venv/installed  ## Run all tests: TESTS="-k name" for some
-	.venv/bin/pytest $(TESTS)
+	.venv/bin/pytest -m "not soak" $(TESTS)
+
+soak: .venv/installed  ## Run the proofs that take minutes
+	.venv/bin/pytest -m soak -rA --no-header -q $(TESTS)
 
 check: .venv/installed  ## Lint, format, types, layers
 	.venv/bin/ruff check

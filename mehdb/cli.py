@@ -1,20 +1,26 @@
 """The `mehdb` command."""
 
 import asyncio
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 import uvloop
+from rich.console import Console
+from rich.progress import Progress, TaskID
 
-from mehdb import __version__, node
+from mehdb import __version__, life, operations
 from mehdb.errors import MehdbError, SettingsError
 from mehdb.local import LocalCluster
 from mehdb.settings import SETTINGS, flag, load
+from mehdb.transfer import OnStep
 
 EXIT_FAILED: Final = 1
+DATA_DIR: Final = Path("data")  # as `mehdb serve` has it
 EXIT_USAGE: Final = 2  # as the shell's own: settings are as wrong as a flag that does not exist
 
 app = typer.Typer(
@@ -70,6 +76,12 @@ def serve(
     body_timeout: Annotated[str | None, _option("body_timeout")] = None,
     keepalive_timeout: Annotated[str | None, _option("keepalive_timeout")] = None,
     stop_timeout: Annotated[str | None, _option("stop_timeout")] = None,
+    drain_timeout: Annotated[str | None, _option("drain_timeout")] = None,
+    lame_duck: Annotated[str | None, _option("lame_duck")] = None,
+    grace_period: Annotated[str | None, _option("grace_period")] = None,
+    disk_reserve: Annotated[str | None, _option("disk_reserve")] = None,
+    retain_changes: Annotated[str | None, _option("retain_changes")] = None,
+    snapshot_lag: Annotated[str | None, _option("snapshot_lag")] = None,
     log_level: Annotated[str | None, _option("log_level")] = None,
 ) -> None:
     """Run one node. SIGTERM and SIGINT finish what is queued, close the store and exit 0."""
@@ -81,7 +93,7 @@ def serve(
         format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request, we log changes of state
-    uvloop.run(node.run(settings))
+    uvloop.run(life.run(settings))
 
 
 @app.command()
@@ -92,6 +104,176 @@ def local(
 ) -> None:
     """Run a cluster on this machine as a StatefulSet would. Ctrl-C and SIGTERM stop it in reverse order."""
     asyncio.run(LocalCluster(replicas, port, data_dir).run())
+
+
+DataDir = Annotated[
+    Path, typer.Option("--data-dir", envvar="MEHDB_DATADIR", help="The data directory of the node.", show_default=True)
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+File = Annotated[Path, typer.Argument(help='A file; "-" is standard input or output.', allow_dash=True)]
+
+
+@app.command()
+def check(
+    data_dir: DataDir = DATA_DIR,
+    file: Annotated[Path | None, typer.Argument(help="A backup to verify, in place of a data directory.")] = None,
+) -> None:
+    """Verify every change, index and checksum of a store, live or not, or of a backup."""
+    with _progress() as on_step:
+        if file is not None:
+            meta = operations.check_file(file, on_step)
+            typer.echo(f"{file}: sound, history {meta.history}, revision {meta.head}, {meta.keys} keys")
+            return
+        found = operations.check(data_dir, on_step)
+    report = found.report
+    for problem in report.problems:
+        typer.echo(problem)
+    if found.missing:
+        typer.echo(f"{found.missing} acknowledged changes are missing at the end")
+    sound = not (report.problems or found.missing)
+    typer.echo(
+        f"{data_dir}: {'sound' if sound else 'DAMAGED'}, history {report.position.history}, revision "
+        f"{report.position.revision}, {report.keys} keys, {report.changes} changes"
+    )
+    if not sound:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def backup(file: File, data_dir: DataDir = DATA_DIR, yes: Yes = False) -> None:
+    """Copy a store, live or not, to one file."""
+    if file.exists() and file != operations.STANDARD:
+        _confirm(f"{file} exists and will be replaced.", yes=yes)
+    meta = operations.backup(data_dir, file)
+    typer.echo(f"{file}: history {meta.history}, revision {meta.head}, {meta.keys} keys", err=True)
+
+
+@app.command()
+def restore(
+    file: File,
+    data_dir: DataDir = DATA_DIR,
+    replace: Annotated[bool, typer.Option("--replace", help="Keep the store that is there aside.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Put a backup into an empty data directory, in a new history: on the leader, or before its first start."""
+    if replace and operations.holds_data(data_dir):
+        _confirm(f"The store in {data_dir} will be kept aside; followers will be diverged until they rejoin.", yes=yes)
+    with _progress() as on_step:
+        meta, kept = asyncio.run(operations.restore(data_dir, file, replace=replace, on_step=on_step))
+    _report(data_dir, f"restored {meta.keys} keys at revision {meta.head}, history {meta.history}", kept)
+
+
+@app.command()
+def rejoin(
+    data_dir: DataDir = DATA_DIR,
+    leader: Annotated[
+        str | None, typer.Option("--from", metavar="URL", help="The leader, if the node does not run.")
+    ] = None,
+    yes: Yes = False,
+) -> None:
+    """Have a follower drop its data for the leader's. What it had is kept aside."""
+    status = asyncio.run(operations.status_of(data_dir))
+    if status and status.leader is None:
+        raise operations.Refused(f"{status.node} leads: `mehdb adopt --from URL` takes a follower's data")
+    url = leader or (status.leader.url if status and status.leader else None)
+    if url is None:
+        raise operations.Refused("no node runs here that would know its leader: name it with --from URL")
+    _take(data_dir, url, "rejoined", yes=yes)
+
+
+@app.command()
+def adopt(
+    peer: Annotated[str, typer.Option("--from", metavar="URL", help="The node whose data is taken.")],
+    data_dir: DataDir = DATA_DIR,
+    yes: Yes = False,
+) -> None:
+    """Have the leader take a peer's history in place of its own. What it had is kept aside."""
+    status = asyncio.run(operations.status_of(data_dir))
+    if status and status.leader is not None:
+        raise operations.Refused(f"{status.node} follows: `mehdb rejoin` takes the leader's data")
+    _take(data_dir, peer, "adopted", yes=yes)
+
+
+def _take(data_dir: Path, url: str, keep: str, *, yes: bool) -> None:
+    position = asyncio.run(operations.position_of(url))
+    _confirm(
+        f"The store in {data_dir} will be kept aside, and that of {position.node} ({url}) put in its place: history "
+        f"{position.history}, revision {position.revision}.",
+        yes=yes,
+    )
+    with _progress() as on_step:
+        meta, kept = asyncio.run(operations.take(data_dir, url, keep, on_step))
+    _report(data_dir, f"took {meta.keys} keys at revision {meta.head}, history {meta.history}", kept)
+
+
+@app.command("accept-loss")
+def accept_loss(
+    data_dir: DataDir = DATA_DIR,
+    start_empty: Annotated[
+        bool, typer.Option("--start-empty", help="If more is broken than the end: keep it aside, begin with nothing.")
+    ] = False,
+    yes: Yes = False,
+) -> None:
+    """Have a node start whose store lacks acknowledged changes that are nowhere else."""
+    _confirm(f"What is missing in {data_dir} will be given up.", yes=yes)
+    with _progress() as on_step:
+        kept = asyncio.run(operations.accept_loss(data_dir, start_empty=start_empty, on_step=on_step))
+    _report(data_dir, "accepted: the store begins empty" if kept else "accepted: the store is trusted as it is", kept)
+
+
+@app.command()
+def drain(
+    data_dir: DataDir = DATA_DIR,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when it is done.")] = False,
+    timeout: Annotated[float, typer.Option(min=0, help="How many seconds to wait.")] = 20.0,
+) -> None:
+    """Have the node here take no more writes, as SIGUSR1 does. It reads on, and takes them again after a restart."""
+    report = asyncio.run(operations.drain(data_dir, timeout if wait else 0))
+    if report.done:
+        typer.echo("drained: all writes are durable here and on the followers that are connected")
+        return
+    missing = f"; behind the head: {', '.join(report.missing)}" if report.missing else ""
+    typer.echo(f"draining: {report.queue_bytes} bytes and {report.writes} requests under way{missing}", err=wait)
+    if wait:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _confirm(what: str, *, yes: bool) -> None:
+    """Ask before *what* is done. Without a terminal to ask at, `--yes` must say it."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise operations.Refused(f"{what} Say --yes to do it")
+    typer.confirm(f"{what} Go on?", abort=True, err=True)
+
+
+def _report(data_dir: Path, done: str, kept: Path | None) -> None:
+    """Say what was done, and what has become of the node that runs there."""
+    typer.echo(done)
+    if kept:
+        typer.echo(f"what was there is kept in {kept}")
+    status = asyncio.run(operations.until_settled(data_dir))
+    if status is None:
+        typer.echo("no node runs here: start it")
+    else:
+        typer.echo(f"{status.node} is {status.state} at revision {status.revision}: {status.reason or 'ready'}")
+        if not status.ready:
+            raise typer.Exit(EXIT_FAILED)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[OnStep]:
+    """Have a progress bar on the terminal, or nothing where there is none."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def on_step(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bar.add_task(step)
+            bar.update(tasks[step], completed=done, total=total)
+
+        yield on_step
 
 
 def main() -> None:

@@ -9,15 +9,15 @@
     │   ├── ValueTooLarge                                  413
     │   └── ExpectationFailed                              417
     ├── NotNow              nobody's fault: the same request may succeed later
-    │   ├── QueueFull, NotSynced, Stopping                 503
+    │   ├── QueueFull, NotSynced, Draining, Stopping, Recovering, StoreAway, ReadOnly, SnapshotBusy  503
     │   └── NotReady                                       500 (what `/status?level=full` has always answered)
     ├── PositionError       two nodes' positions do not fit together
     │   ├── Diverged                                       409
     │   └── Compacted                                      410
     ├── PeerError           another node's fault, or the network's
-    │   └── PeerUnreachable, PeerAnswerInvalid, StaleEpoch
+    │   └── PeerUnreachable (─ PeerAbsent), PeerAnswerInvalid, StaleEpoch
     ├── StoreError          this disk's fault
-    │   ├── DirectoryInUse, UnsafeSqlite, UnknownSchema    before anything is opened or changed
+    │   ├── DirectoryInUse, UnsafeSqlite, UnknownSchema, Damaged  before anything is opened or changed
     │   ├── DamagedRow                                     500
     │   ├── StoreFailed                                    500
     │   └── DiskFull                                       507
@@ -136,10 +136,43 @@ class NotSynced(NotNow):
     code = "not_synced"
 
 
+class Draining(NotNow):
+    """The node takes no new writes, as it is about to stop."""
+
+    code = "draining"
+    retry_after_s = 2
+
+
 class Stopping(NotNow):
-    """The node is stopping and takes no new writes."""
+    """The store is closed for good: the process ends."""
 
     code = "stopping"
+
+
+class Recovering(NotNow):
+    """The leader does not lead yet: it is finding out what its peers hold."""
+
+    code = "recovering"
+
+
+class StoreAway(NotNow):
+    """The store is not open: the node opens it, or puts another in its place."""
+
+    code = "store_away"
+
+
+class ReadOnly(NotNow):
+    """The volume can only be read."""
+
+    code = "read_only"
+    retry_after_s = 10
+
+
+class SnapshotBusy(NotNow):
+    """Other snapshots are under way, one after the other."""
+
+    code = "snapshot_busy"
+    retry_after_s = 10
 
 
 class NotReady(NotNow):
@@ -178,6 +211,12 @@ class PeerUnreachable(PeerError):
     """No answer within the time limits, or a refusal that may pass."""
 
     code = "peer_unreachable"
+
+
+class PeerAbsent(PeerUnreachable):
+    """Nobody is there: the name does not resolve, or the address does not accept a connection."""
+
+    code = "peer_absent"
 
 
 class PeerAnswerInvalid(PeerError):
@@ -222,8 +261,21 @@ class UnknownSchema(StoreError):
     code = "unknown_schema"
 
 
+class Damaged(StoreError):
+    """The store as a whole cannot be trusted. It is left as it is.
+
+    *missing* is how many acknowledged changes are known to be gone, None if that cannot be told.
+    """
+
+    code = "damaged"
+
+    def __init__(self, reason: str, missing: int | None = None) -> None:
+        super().__init__(reason)
+        self.missing = missing
+
+
 class DamagedRow(StoreError):
-    """A row's CRC does not match what it holds. The value is never served."""
+    """A row, or a page of the file, does not match its checksum. What it holds is never served."""
 
     code = "damaged_row"
 

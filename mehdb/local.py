@@ -173,7 +173,7 @@ class LocalCluster:
         command = [
             sys.executable, "-m", "mehdb", "serve",
             "--host", pod.name, "--listen", ADDRESS, "--port", str(pod.port), "--data-dir", str(pod.volume),
-            "--peers", ",".join(one.url for one in self._pods),
+            "--peers", ",".join(one.url for one in self._pods), "--lame-duck", "0",
         ]  # fmt: skip
         with pod.log.open("ab") as log:
             # A session of its own: Ctrl-C in the terminal must reach this process alone, which stops them in order.

@@ -45,9 +45,12 @@ class State(StrEnum):
     """Where a node is in its life. Only `SERVING` is ready."""
 
     STARTING = "starting"
+    RECOVERING = "recovering"
     SYNCING = "syncing"
     SERVING = "serving"
     DIVERGED = "diverged"
+    FAILED = "failed"
+    DRAINING = "draining"
     STOPPED = "stopped"
 
 
@@ -145,10 +148,23 @@ class NodeStatus(msgspec.Struct, frozen=True):
     uptime_seconds: float
     version: str
     commits: int
+    free_bytes: int = 0
+    damage: str | None = None
+
+
+class DrainReport(msgspec.Struct, frozen=True):
+    """How far a drain has come: done, or the bytes and requests not yet durable, and the followers behind the head."""
+
+    done: bool
+    queue_bytes: int
+    writes: int
+    missing: tuple[str, ...]
 
 
 _page_decoder = msgspec.msgpack.Decoder(Page)
 _status_decoder = msgspec.json.Decoder(NodeStatus)
+_position_decoder = msgspec.json.Decoder(NodePosition)
+_drain_decoder = msgspec.json.Decoder(DrainReport)
 _page_encoder = msgspec.msgpack.Encoder()
 
 
@@ -174,6 +190,25 @@ def decode_status(data: bytes) -> NodeStatus:
         return _status_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PeerAnswerInvalid(f"not a node's status: {error}") from error
+
+
+def decode_position(data: bytes) -> NodePosition:
+    """Return the node's position in *data*, JSON. Raises `PeerAnswerInvalid` for anything that is none."""
+    try:
+        position = _position_decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PeerAnswerInvalid(f"not a node's position: {error}") from error
+    if position.history is not None and not is_history(position.history):
+        raise PeerAnswerInvalid(f"not a history: {position.history[:100]!r}")
+    return position
+
+
+def decode_drain_report(data: bytes) -> DrainReport:
+    """Return the drain report in *data*, JSON. Raises `PeerAnswerInvalid` for anything else."""
+    try:
+        return _drain_decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PeerAnswerInvalid(f"not a drain report: {error}") from error
 
 
 class _ErrorBody(msgspec.Struct):

@@ -1,62 +1,108 @@
-"""One node: the only place where its parts are put together, started, supervised and stopped.
+"""A node: what it is, where it is in its life, and what it says of itself.
 
-starting → syncing (follower) → serving → stopped
-                    ↘ diverged
+    starting → recovering (leader) / syncing (follower) → serving → draining → stopped
+                        ↘ failed            ↘ diverged
+
+It decides what is taken and what is refused in each of these states. How they follow each other is `life`'s.
 """
 
 import asyncio
 import contextlib
 import logging
-import signal
-import socket
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from time import monotonic
 from typing import Final
 
-from aiohttp import web
-
 from mehdb import __version__
-from mehdb.api import Api, ApiServer, Check, Followers
-from mehdb.errors import MehdbError, SettingsError
-from mehdb.metrics import Metrics
-from mehdb.model import NodeStatus, State
-from mehdb.peers import Peer
+from mehdb.api import Check, Followers
+from mehdb.errors import Draining, NotNow, ReadOnly, Recovering
+from mehdb.model import DrainReport, NodeStatus, Position, Role, State
+from mehdb.recovery import Leader
 from mehdb.replication import Follower
-from mehdb.roles import Leadership, assign
+from mehdb.roles import Leadership
 from mehdb.settings import Settings
 from mehdb.store import Store
 
 log = logging.getLogger("mehdb.node")
 
-LISTEN_BACKLOG: Final = 1024  # connections that the kernel holds while the loop is busy
+LOOK_EVERY_S: Final = 0.02  # how often a drain looks whether it is done
+OPENING: Final = "the store is not open yet"
 
 
 class Node:
-    """A node that has its store open. It is what the API speaks for (`mehdb.api.NodeView`)."""
+    """What the API speaks for (`mehdb.api.NodeView`). *part* is what it does about its role, once its store is open."""
 
-    def __init__(self, settings: Settings, leadership: Leadership, store: Store, follower: Follower | None) -> None:
+    def __init__(self, settings: Settings, leadership: Leadership, store: Store) -> None:
         self.name = settings.host
         self.role = leadership.role
         self.redirect_url = leadership.redirect_url
-        self.stopping = False
-        self._store = store
-        self._follower = follower
-        self._started_at_s = monotonic()
         self.followers = Followers()
+        self.part: Leader | Follower | None = None
+        self.obstacle = OPENING
+        """Why there is no part yet."""
+        self.draining = False
+        self.closing = False
+        self.stopped = False
+        self._store = store
+        self._writes = 0
+        self._started_at_s = monotonic()
 
     @property
     def state(self) -> State:
         """Where it is in its life: derived, so that it cannot disagree with what happens."""
-        if self.stopping:
+        if self.stopped:
             return State.STOPPED
-        return self._follower.state if self._follower else State.SERVING
+        if self.draining:
+            return State.DRAINING
+        return self.part.state if self.part else State.STARTING
+
+    @property
+    def leader_leaves(self) -> bool:
+        """Whether this node follows one that is about to stop: a redirect there would lead nowhere."""
+        return isinstance(self.part, Follower) and self.part.leader_leaves
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Count a write while it is under way. Raises `NotNow` if none is taken now: nothing was written."""
+        if self.state is not State.SERVING:
+            raise self._refusal()
+        self._writes += 1
+        try:
+            yield
+        finally:
+            self._writes -= 1
+
+    def _refusal(self) -> NotNow:
+        if self.draining:
+            return Draining("this node is about to stop, nothing was written: try again in a moment")
+        if self._store.read_only:
+            return ReadOnly("the volume can only be read, nothing was written: see to the disk")
+        problem = self.part.problem if self.part else self.obstacle
+        return Recovering(f"this node does not lead yet, nothing was written: {problem}")
+
+    def require_leading(self) -> None:
+        """Raise `Recovering` on a leader that does not lead yet: nobody may copy what it holds."""
+        if self.role is Role.LEADER and self.state not in (State.SERVING, State.DRAINING):
+            raise Recovering("this node does not lead yet: ask again in a moment")
+
+    def note_other(self, position: Position) -> None:
+        """Take note of a node whose *position* does not lie in this one's history."""
+        ahead = position.revision > self._store.head
+        if isinstance(self.part, Leader) and (ahead or self._store.head == 0):
+            self.part.doubt()
 
     def checks(self) -> tuple[Check, ...]:
         """Return what must hold for the node to be ready."""
+        failure = self._store.failure
+        store = str(failure.result()) if failure.done() else None if self.part else self.obstacle
+        if self._store.read_only:
+            store = "the volume can only be read"
+        running = "the node is about to stop" if self.draining or self.closing else None
+        part = "leading" if self.role is Role.LEADER else "synced"
         return (
-            Check("store", str(self._store.failure.result()) if self._store.failure.done() else None),
-            Check("running", "the node is stopping" if self.stopping else None),
-            Check("synced", self._follower.problem if self._follower else None),
+            Check("store", store),
+            Check("running", running),
+            Check(part, self.part.problem if self.part else OPENING),
         )
 
     def status(self) -> NodeStatus:
@@ -76,96 +122,30 @@ class Node:
             floor=meta.floor,
             keys=meta.keys,
             queue_bytes=self._store.queue_bytes,
-            leader=self._follower.status() if self._follower else None,
+            leader=self.part.status() if isinstance(self.part, Follower) else None,
             followers=self.followers.status(meta.head),
             uptime_seconds=round(monotonic() - self._started_at_s, 3),
             version=__version__,
             commits=self._store.commits,
+            free_bytes=self._store.free_bytes(),
+            damage=str(self._store.damage) if self._store.damage else None,
         )
 
+    def drain(self) -> None:
+        """Take no more writes from now on. Reads go on, the node is no longer ready, and its followers are told."""
+        if not self.draining:
+            self.draining = True
+            log.info("draining node=%s revision=%d", self.name, self._store.head)
+            self._store.interrupt_waiting()
 
-async def run(settings: Settings) -> None:
-    """Run a node until SIGTERM or SIGINT, then finish what is queued and close the store.
+    async def drained(self, timeout_s: float) -> DrainReport:
+        """Drain, and wait until what was taken is durable here and on the followers that are connected."""
+        self.drain()
+        end_s = monotonic() + timeout_s
+        while not (report := self._drain_report()).done and monotonic() < end_s:  # noqa: ASYNC110  many parts end it
+            await asyncio.sleep(LOOK_EVERY_S)
+        return report
 
-    Raises `StoreError` before anything is served, and `StoreFailed` when the disk fails later.
-    """
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    leadership = assign(settings)
-    async with contextlib.AsyncExitStack() as stack:
-        listener = stack.enter_context(_listener(settings))
-        store = await Store.open(settings.data_dir, queue_bytes_max=settings.queue_size)
-        stack.push_async_callback(store.close)
-        follower = None
-        if leadership.leader_url is None:
-            await store.lead(leadership.next_epoch(store.meta.epoch))
-        else:
-            leader = await stack.enter_async_context(Peer(leadership.leader_url))
-            follower = Follower(store, leader, settings.host)
-        node = Node(settings, leadership, store, follower)
-        await stack.enter_async_context(_served(node, store, settings, listener))
-        log.info(
-            "started node=%s role=%s listen=%s port=%d data_dir=%s revision=%d epoch=%d leader=%s version=%s",
-            node.name, node.role, settings.listen, settings.port, settings.data_dir, store.head, store.meta.epoch,
-            leadership.leader_url or "self", __version__,
-        )  # fmt: skip
-        await _supervise(stop, store, follower)
-        log.info("stopping node=%s queue_bytes=%d", node.name, store.queue_bytes)
-        node.stopping = True
-    log.info("stopped node=%s revision=%d", node.name, store.head)
-
-
-async def _supervise(stop: asyncio.Event, store: Store, follower: Follower | None) -> None:
-    """Return when *stop* is set. Raises what a part of the node ended with: none may end by itself."""
-    stopped = asyncio.create_task(stop.wait(), name="stop")
-    following = asyncio.create_task(follower.run(), name="follower") if follower else None
-    tasks = [task for task in (stopped, following) if task]
-    try:
-        await asyncio.wait([*tasks, store.failure], return_when=asyncio.FIRST_COMPLETED)
-        if following and following.done():
-            following.result()
-            raise MehdbError("the follower's loop ended by itself: this is a bug")
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-    if store.failure.done():
-        raise store.failure.result()
-
-
-def _listener(settings: Settings) -> socket.socket:
-    """Return a socket that listens where *settings* say. Raises `SettingsError`, before anything else is opened."""
-    family = socket.AF_INET6 if ":" in settings.listen else socket.AF_INET
-    try:
-        return socket.create_server((settings.listen, settings.port), family=family, backlog=LISTEN_BACKLOG)
-    except OSError as error:
-        raise SettingsError(
-            [f"--listen {settings.listen}, --port {settings.port}: cannot listen there: {error.strerror or error}"]
-        ) from error
-
-
-@contextlib.asynccontextmanager
-async def _served(node: Node, store: Store, settings: Settings, listener: socket.socket) -> AsyncIterator[None]:
-    """Answer requests while the block runs; at its end finish those under way, within `stop_timeout`."""
-    api = Api(node, store, settings, node.followers, Metrics(node.status))
-    # The API answers every error itself. What aiohttp would log is clients' broken requests: no change of our state.
-    quiet = logging.getLogger("mehdb.http")
-    quiet.setLevel(logging.CRITICAL)
-    server = ApiServer(
-        api,
-        access_log=None,
-        logger=quiet,
-        keepalive_timeout=settings.keepalive_timeout,
-        lingering_time=settings.body_timeout,  # for a client that sends all of a refused body before it reads
-        auto_decompress=False,  # a value is stored as it was sent
-    )
-    # aiohttp waits this long twice: for the requests under way, and for those that it then cancels.
-    runner = web.ServerRunner(server, shutdown_timeout=settings.stop_timeout / 2)
-    await runner.setup()
-    try:
-        await web.SockSite(runner, listener).start()
-        yield
-    finally:
-        store.stop_waiting()
-        await runner.cleanup()
+    def _drain_report(self) -> DrainReport:
+        queue_bytes, writes, missing = self._store.queue_bytes, self._writes, self.followers.missing(self._store.head)
+        return DrainReport(not (queue_bytes or writes or missing), queue_bytes, writes, missing)

@@ -1,27 +1,41 @@
-"""The client to another node: asks for pages, with time limits on everything.
+"""The client to another node: asks for pages, snapshots, its position and its status, with time limits on everything.
 
 It checks that an answer is one; what it means for this node is the replication's to decide. A name is resolved anew at
 each new connection, so a pod that moved is found at its new address.
 """
 
 import asyncio
+import base64
+import binascii
+import contextlib
+import functools
+import hashlib
+import ipaddress
 import re
+import shutil
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+import aiofiles
 import httpx
 
-from mehdb.errors import Compacted, Diverged, PeerAnswerInvalid, PeerUnreachable, StaleEpoch
+from mehdb.errors import Compacted, DiskFull, Diverged, PeerAbsent, PeerAnswerInvalid, PeerUnreachable, StaleEpoch
 from mehdb.model import (
     PAGE_BYTES_MAX,
     Epoch,
     History,
+    NodePosition,
     NodeStatus,
     Page,
     Position,
     Revision,
     Role,
+    State,
     decode_page,
+    decode_position,
     decode_status,
     error_message,
     is_history,
@@ -30,6 +44,10 @@ from mehdb.model import (
 CONNECT_TIMEOUT_S: Final = 3.0  # a dead address answers nothing: two retries of the kernel's SYN
 ANSWER_TIMEOUT_S: Final = 10.0  # between two chunks of an answer, beyond the time that it was asked to wait
 PAGE_TIMEOUT_S: Final = 60.0  # for a whole page of the largest size, beyond that: 1 MiB/s
+SNAPSHOT_TIMEOUT_S: Final = 120.0  # until the first byte: the peer copies and hashes its whole store before
+SNAPSHOT_STALL_S: Final = 10.0  # between two chunks of it
+ABSENT_NAMES: Final = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+REPR_DIGEST: Final = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")  # RFC 9530
 NUMBER: Final = re.compile("[0-9]{1,18}")  # below 2**63: what a column can hold
 
 
@@ -40,6 +58,15 @@ class Pull(NamedTuple):
     epoch: Epoch
     head: Revision
     page: Page | None
+    state: str = State.SERVING  # the peer's
+
+
+class Download(NamedTuple):
+    """A snapshot that has arrived whole, and what its sender says that it is."""
+
+    history: History
+    revision: Revision
+    size_bytes: int
 
 
 class Peer:
@@ -47,10 +74,14 @@ class Peer:
 
     def __init__(self, url: str) -> None:
         self.url = url
+
+    @functools.cached_property
+    def _client(self) -> httpx.AsyncClient:
+        # Made when it is first used: it takes milliseconds, and most pods that there might be do not exist.
         limits = httpx.Limits(max_connections=4, max_keepalive_connections=2, keepalive_expiry=30)
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         # trust_env: a proxy for the outside world must not come between two pods.
-        self._client = httpx.AsyncClient(base_url=url, limits=limits, timeout=timeout, trust_env=False)
+        return httpx.AsyncClient(base_url=self.url, limits=limits, timeout=timeout, trust_env=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -58,61 +89,175 @@ class Peer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.aclose()
+        if "_client" in self.__dict__:
+            await self._client.aclose()
 
-    async def pull(self, position: Position, epoch: Epoch, *, node: str, durable: Revision, wait_s: float) -> Pull:
+    async def pull(
+        self,
+        position: Position,
+        epoch: Epoch,
+        *,
+        node: str | None,
+        durable: Revision,
+        wait_s: float,
+        pages_only: bool = False,
+        from_leader: bool = True,
+    ) -> Pull:
         """Return the page after *position*; *node* tells the peer who holds everything up to *durable* for certain.
 
-        With nothing to return, the peer waits up to *wait_s* for a change. *epoch* is the highest seen. Raises
-        `PeerUnreachable`, `PeerAnswerInvalid`, `StaleEpoch`, and as the peer says: `Diverged`, `Compacted`.
+        With nothing to return, the peer waits up to *wait_s* for a change. *epoch* is the highest seen. *pages_only*
+        asks for pages where the peer would rather give a snapshot. Unless *from_leader*, any node's answer will do.
+        Raises `PeerUnreachable`, `PeerAnswerInvalid`, `StaleEpoch`, and as the peer says: `Diverged`, `Compacted`.
         """
-        query: dict[str, str | int | float] = {
-            "after": position.revision,
-            "durable": durable,
-            "node": node,
-            "wait": wait_s,
-        }
+        query: dict[str, str | int | float] = {"after": position.revision, "durable": durable, "wait": wait_s}
+        if node is not None:
+            query["node"] = node
         if position.history is not None:
             query["history"], query["chain"] = position.history, position.chain.hex()
-        try:
-            async with asyncio.timeout(wait_s + PAGE_TIMEOUT_S):
-                return await self._pull(query, position, epoch, wait_s)
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
-            raise PeerUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
+        if pages_only:
+            query["snapshot"] = "no"
+        timeout = httpx.Timeout(ANSWER_TIMEOUT_S + wait_s, connect=CONNECT_TIMEOUT_S)
+        request = self._client.stream("GET", "/replicate", params=query, timeout=timeout)
+        async with self._asking(wait_s + PAGE_TIMEOUT_S), request as answer:
+            body = await _body(answer)
+        return self._understood(answer, body, position, epoch if from_leader else None)
+
+    async def position(self) -> NodePosition:
+        """Return where the peer is. Raises `PeerAbsent`, `PeerUnreachable` and `PeerAnswerInvalid`."""
+        await self._require_presence()
+        async with self._asking(ANSWER_TIMEOUT_S):
+            answer = await self._client.get("/position")
+        if answer.status_code != httpx.codes.OK:
+            raise PeerUnreachable(f"{self.url} answered {answer.status_code}: {_message(answer.content)}")
+        return decode_position(answer.content)
 
     async def status(self) -> NodeStatus:
         """Return what the peer says of itself. Raises `PeerUnreachable` and `PeerAnswerInvalid`."""
-        try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                answer = await self._client.get("/status", headers={"Accept": "application/json"})
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
-            raise PeerUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
+        async with self._asking(ANSWER_TIMEOUT_S):
+            answer = await self._client.get("/status", headers={"Accept": "application/json"})
         return decode_status(answer.content)
 
-    async def _pull(self, query: dict[str, str | int | float], position: Position, seen: Epoch, wait_s: float) -> Pull:
-        timeout = httpx.Timeout(ANSWER_TIMEOUT_S + wait_s, connect=CONNECT_TIMEOUT_S)
-        async with self._client.stream("GET", "/replicate", params=query, timeout=timeout) as answer:
-            body = await _body(answer)
+    async def download(self, path: Path, on_progress: Callable[[int, int], None]) -> Download:
+        """Write the peer's snapshot to *path* and verify its length and digest. *on_progress* is told bytes, of bytes.
+
+        Raises `PeerUnreachable` (what has arrived is of no use), `PeerAnswerInvalid`, and `DiskFull` of this node's.
+        """
+        timeout = httpx.Timeout(SNAPSHOT_STALL_S, connect=CONNECT_TIMEOUT_S, read=SNAPSHOT_TIMEOUT_S)
+        async with self._asking(None), self._client.stream("GET", "/snapshot", timeout=timeout) as answer:
+            if answer.status_code != httpx.codes.OK:
+                raise PeerUnreachable(f"{self.url} gives no snapshot: {_message(await _body(answer))}")
+            expected, size_bytes, digest = self._announced(answer)
+            if shutil.disk_usage(path.parent).free < size_bytes:
+                raise DiskFull(f"a snapshot of {size_bytes} bytes does not fit on this volume: make room or enlarge it")
+            hashed = hashlib.sha256()
+            with _own_disk(path):
+                async with aiofiles.open(path, "wb") as file:
+                    async for chunk in _chunks(answer):
+                        hashed.update(chunk)
+                        await file.write(chunk)
+                        on_progress(answer.num_bytes_downloaded, size_bytes)
+        if answer.num_bytes_downloaded != size_bytes or hashed.digest() != digest:
+            raise PeerUnreachable(f"{self.url}: the snapshot did not arrive as it was sent")
+        return expected
+
+    def _announced(self, answer: httpx.Response) -> tuple[Download, int, bytes]:
+        """Return what the headers of a snapshot say that it is."""
+        history, revision = (answer.headers.get(f"Mehdb-Snapshot-{name}", "") for name in ("History", "Revision"))
+        match = REPR_DIGEST.fullmatch(answer.headers.get("Repr-Digest", ""))
+        size = answer.headers.get("Content-Length", "")
+        try:
+            digest = base64.b64decode(match[1], validate=True) if match else b""
+        except binascii.Error:
+            digest = b""
+        if not (is_history(history) and NUMBER.fullmatch(revision) and NUMBER.fullmatch(size) and digest):
+            raise PeerAnswerInvalid(f"{self.url} is no mehdb node, or of another version: no snapshot of ours")
+        return Download(History(history), Revision(int(revision)), int(size)), int(size), digest
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, timeout_s: float | None) -> AsyncIterator[None]:
+        """Turn what the network may do into `PeerUnreachable`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
+            raise PeerUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
+
+    async def _require_presence(self) -> None:
+        """Raise `PeerAbsent` if the peer's name does not resolve, or nobody listens at its address."""
+        url = httpx.URL(self.url)
+        port = url.port or {"http": 80, "https": 443}[url.scheme]
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
+        except socket.gaierror as error:
+            if error.errno in ABSENT_NAMES:
+                raise PeerAbsent(f"{self.url}: the name does not resolve") from error
+            raise PeerUnreachable(f"{self.url}: whether the name resolves cannot be found out: {error}") from error
+        except TimeoutError as error:
+            raise PeerUnreachable(f"{self.url}: whether the name resolves cannot be found out in time") from error
+        if not _says_nothing(url.host, [str(address[0]) for *_, address in found]):
+            return
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _, writer = await asyncio.open_connection(url.host, port)
+                writer.close()
+        except OSError as error:
+            raise PeerAbsent(f"{self.url}: nobody listens there") from error
+
+    def _understood(self, answer: httpx.Response, body: bytes, position: Position, seen: Epoch | None) -> Pull:
+        """Return what an answer to `/replicate` means. *seen* is None where any node may answer."""
         if answer.status_code not in (200, 204, Diverged.status, Compacted.status):
             raise PeerUnreachable(f"{self.url} answered {answer.status_code}: {_message(body)}")
         # Nothing is believed of an answer, a refusal above all, before it is known to be a node's and of our time.
         history, epoch, head = (answer.headers.get(f"Mehdb-{name}", "") for name in ("History", "Epoch", "Revision"))
         if not (is_history(history) and NUMBER.fullmatch(epoch) and NUMBER.fullmatch(head)):
             raise PeerAnswerInvalid(f"{self.url} is no mehdb node, or of another version: its answer lacks our headers")
-        if answer.headers.get("Mehdb-Role") != Role.LEADER:
+        if seen is not None and answer.headers.get("Mehdb-Role") != Role.LEADER:
             raise PeerAnswerInvalid(f"{self.url} does not lead: is the list of peers in order?")
-        if history == position.history and int(epoch) < seen:
+        if seen is not None and history == position.history and int(epoch) < seen:
             raise StaleEpoch(f"{self.url} leads in epoch {epoch}, which is over: {seen} has been seen")
         if answer.status_code == Diverged.status:
             raise Diverged(_message(body))
         if answer.status_code == Compacted.status:
             raise Compacted(_message(body))
+        state = answer.headers.get("Mehdb-State", State.SERVING)
         if answer.status_code == 204:  # its head was ours when it said so; the header may already be of a later one
-            return Pull(History(history), Epoch(int(epoch)), position.revision, None)
+            return Pull(History(history), Epoch(int(epoch)), position.revision, None, state)
         page = decode_page(body)
         if page.history != history or not page.changes:
             raise PeerAnswerInvalid(f"{self.url}: a page of nothing, or of another history than {history}")
-        return Pull(History(history), Epoch(int(epoch)), Revision(int(head)), page)
+        return Pull(History(history), Epoch(int(epoch)), Revision(int(head)), page, state)
+
+
+def _says_nothing(host: str, addresses: list[str]) -> bool:
+    """Return whether that *host* resolves says nothing about the peer: it is an address, or this machine's."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return all(ipaddress.ip_address(address).is_loopback for address in addresses)
+    return True
+
+
+@contextlib.contextmanager
+def _own_disk(path: Path) -> Iterator[None]:
+    """Tell an error of this node's disk from one of the network."""
+    try:
+        yield
+    except TimeoutError:  # an OSError too, but the network's
+        raise
+    except OSError as error:
+        raise DiskFull(f"{path} cannot be written: {error.strerror}: make room or enlarge the volume") from error
+
+
+async def _chunks(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """Yield the body as it comes, each chunk within the time that one may take."""
+    chunks = answer.aiter_raw()
+    while True:
+        async with asyncio.timeout(SNAPSHOT_STALL_S):
+            chunk = await anext(chunks, None)
+        if chunk is None:
+            return
+        yield chunk
 
 
 async def _body(answer: httpx.Response) -> bytes:

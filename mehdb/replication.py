@@ -1,7 +1,8 @@
 """The follower's loop: ask the leader for what comes after this store's position, apply it, ask again.
 
 The invariant it owns (promise 3): only `Store.apply` changes the store, and it applies a page only if it continues the
-store exactly. A follower whose position the leader does not recognise keeps its data and is diverged (promise 4).
+store exactly. A follower whose position the leader does not recognise keeps its data and is diverged (promise 4). One
+that is empty, too far behind or damaged takes the leader's snapshot; what was damaged is kept.
 
     syncing ── reached the head that the leader had when first asked ──▶ serving
        ▲                                                                   │ 409
@@ -14,10 +15,11 @@ import random
 from time import monotonic
 from typing import Final
 
-from mehdb.errors import Compacted, DiskFull, Diverged, MehdbError, PeerError
+from mehdb.errors import Compacted, Damaged, DiskFull, Diverged, MehdbError, PeerError, ReadOnly
 from mehdb.model import LeaderStatus, Page, Position, Revision, State
 from mehdb.peers import Peer, Pull
 from mehdb.store import Store
+from mehdb.transfer import fetch
 
 log = logging.getLogger("mehdb.replication")
 
@@ -25,18 +27,32 @@ log = logging.getLogger("mehdb.replication")
 WAIT_S: Final = 5.0
 BACKOFF_LEAST_S: Final = 0.1  # a leader that restarts is back within a second
 BACKOFF_MOST_S: Final = 5.0  # one that does not is not asked more often than this
-DIVERGED_ADVICE: Final = "; this node keeps its data: bring the leader's own volume back, or empty this one to copy it"
-DIVERGED_RETRY_S: Final = 10.0  # an operator has to act: asking often helps nobody
+DIVERGED_ADVICE: Final = (
+    "; this node keeps its data: bring the leader's own volume back, or run `mehdb rejoin` here to take the leader's "
+    "data in place of it"
+)
+DIVERGED_MOST_S: Final = 10.0  # in the long run an operator has to act: asking often helps nobody
+HEAL_AGAIN_S: Final = 600.0  # a disk that damages what was mended just now is not mended by more of it
+HEAL_RETRY_S: Final = 30.0
+LEAVING: Final = (State.DRAINING, State.STOPPED)
 
 
 class Follower:
-    """Keeps *store* a copy of *leader*'s. `run` never returns; `state`, `problem` and `status` say how it goes."""
+    """Keeps *store* a copy of *leader*'s. `run` never returns; `state`, `problem` and `status` say how it goes.
 
-    def __init__(self, store: Store, leader: Peer, node: str) -> None:
+    *damaged* says why the store could not be opened, if that is so.
+    """
+
+    def __init__(self, store: Store, leader: Peer, node: str, damaged: Damaged | None = None) -> None:
         self.state = State.SYNCING
+        self.leader_leaves = False
+        """Whether the leader said, when last heard, that it takes no more writes."""
         self._store = store
         self._leader = leader
         self._node = node
+        self._damaged = damaged
+        self._heal_at_s = monotonic()  # not before
+        self._pages_only = False  # the leader could not give a snapshot: pages will have to do
         self._target: Revision | None = None  # the head to reach before serving: the leader's when first asked
         self._head: Revision | None = None  # the leader's, when last heard
         self._heard_at_s: float | None = None
@@ -48,10 +64,12 @@ class Follower:
         """Why this follower is not ready, None if it is. One that has synced once is, with or without a leader."""
         if self.state is State.SERVING:
             return None
+        reasons = [f"{self._damaged.code}: {self._damaged}"] if self._damaged else []
         if self._error is not None:
             advice = DIVERGED_ADVICE if self.state is State.DIVERGED else ""
-            return f"{self._error.code}: {self._error}{advice}"
-        return f"at revision {self._store.head}, must reach {'the leader' if self._target is None else self._target}"
+            reasons.append(f"{self._error.code}: {self._error}{advice}")
+        target = "the leader" if self._target is None else self._target
+        return "; ".join(reasons) or f"at revision {self._store.head}, must reach {target}"
 
     def status(self) -> LeaderStatus:
         """Return what is known of the leader."""
@@ -70,19 +88,18 @@ class Follower:
             progress = self._progress
             try:
                 await self._follow()
-            except (PeerError, Diverged, Compacted, DiskFull) as error:
+            except (PeerError, Diverged, Compacted, DiskFull, ReadOnly) as error:
                 self._note_failure(error)
-            if isinstance(self._error, Diverged | Compacted):
-                delay_s = DIVERGED_RETRY_S
-            elif self._progress > progress:
-                delay_s = BACKOFF_LEAST_S
-            # Jitter, so that followers that lost their leader together do not all come back together.
+            delay_s = BACKOFF_LEAST_S if self._progress != progress else delay_s
             await asyncio.sleep(delay_s * random.uniform(0.5, 1))  # noqa: S311  no secret
-            delay_s = min(delay_s * 2, BACKOFF_MOST_S)
+            most_s = DIVERGED_MOST_S if self.state is State.DIVERGED else BACKOFF_MOST_S
+            delay_s = min(delay_s * 2, most_s)
 
     async def _follow(self) -> None:
         """Ask, apply, ask again, until something fails."""
-        pull = await self._pull(self._store.position)
+        if self._damaged:
+            await self._take_snapshot()
+        pull = await self._pull_or_snapshot()
         while True:
             if pull.page is not None and pull.page.end.revision < pull.head:
                 pull = await self._apply_and_pull(pull, pull.page)
@@ -92,8 +109,51 @@ class Follower:
             else:
                 await self._store.apply(pull.page)
             self._note_progress(pull)
+            await self._heal_if_damaged()
             # Only now, at the head: what this asks after is durable here, and asking is what acknowledges it.
             pull = await self._pull(self._store.position)
+
+    async def _pull_or_snapshot(self) -> Pull:
+        """Return the next page, after taking the leader's snapshot if it says that there is no other way."""
+        try:
+            return await self._pull(self._store.position)
+        except Compacted:
+            if self._pages_only:  # there is no other way, and it may be open by now
+                self._pages_only = False
+                raise
+        try:
+            await self._take_snapshot()
+        except (PeerError, DiskFull):
+            self._pages_only = True  # if pages will do, the leader sends them
+            raise
+        return await self._pull(self._store.position)
+
+    async def _take_snapshot(self) -> None:
+        """Take the leader's whole store. What is damaged here is kept, what is only older is not.
+
+        Raises what `fetch` does, and `Diverged` if what is here is no older state of it: nothing is replaced then.
+        """
+        store = self._store
+        meta = await fetch(self._leader, store.incoming)
+        own = store.meta  # of a store that cannot be opened, nothing is known
+        if own.head and (meta.history != own.history or meta.head < own.head):
+            raise Diverged(f"the leader's snapshot is of {meta.history} at {meta.head}, no later state of this store")
+        damaged = self._damaged or store.damage
+        kept = await store.replace(store.incoming, meta, "damaged" if damaged else None)
+        self._damaged, self._pages_only = None, False
+        log.info("snapshot taken revision=%d leader=%s kept=%s", meta.head, self._leader.url, kept or "nothing")
+
+    async def _heal_if_damaged(self) -> None:
+        """Take a snapshot if damage was met. If that fails, go on with what is sound, and try again later."""
+        if self._store.damage is None or monotonic() < self._heal_at_s:
+            return
+        log.error('damage met, taking a snapshot reason="%s"', self._store.damage)
+        self._heal_at_s = monotonic() + HEAL_AGAIN_S
+        try:
+            await self._take_snapshot()
+        except (PeerError, DiskFull, Diverged) as error:
+            self._heal_at_s = monotonic() + HEAL_RETRY_S
+            log.warning('damage stays code=%s reason="%s"', error.code, error)
 
     async def _apply_and_pull(self, pull: Pull, page: Page) -> Pull:
         """Apply the *page* of *pull* while the one after it travels, and return that."""
@@ -114,7 +174,11 @@ class Follower:
         # Until it serves, a follower wants to know the leader's head, not to wait for the next change.
         wait_s = WAIT_S if self.state is State.SERVING else 0.0
         meta = self._store.meta
-        return await self._leader.pull(position, meta.epoch, node=self._node, durable=meta.head, wait_s=wait_s)
+        pull = await self._leader.pull(
+            position, meta.epoch, node=self._node, durable=meta.head, wait_s=wait_s, pages_only=self._pages_only
+        )
+        self.leader_leaves = pull.state in LEAVING
+        return pull
 
     def _note_progress(self, pull: Pull) -> None:
         """The leader has recognised this store's position, and what it sent was accepted and is durable here.

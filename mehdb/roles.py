@@ -5,10 +5,12 @@ store, the API or the replication. This module opens no connection and no file.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from mehdb.model import Epoch, Role
 from mehdb.settings import LOCAL_LEADER_URL, ORDINAL, Settings
+
+ORDINALS_MAX: Final = 100  # more pods than one leader could feed
 
 
 class Leadership(Protocol):
@@ -54,6 +56,16 @@ def assign(settings: Settings) -> OrdinalLeadership:
     leader_url = _leader_url(settings)
     redirect_url = (settings.advertise_url or leader_url).replace("{ordinal}", str(settings.leader_ordinal))
     return OrdinalLeadership(Role.FOLLOWER, leader_url, redirect_url)
+
+
+def peer_urls(settings: Settings) -> tuple[str, ...]:
+    """Return the base URLs of the other nodes that there may be, by ordinal. Most pods among them do not exist."""
+    if settings.peers:
+        return tuple(url for ordinal, url in enumerate(settings.peers) if ordinal != (settings.ordinal or 0))
+    if settings.fqdn is None or settings.ordinal is None:
+        return ()
+    ordinals = range(settings.leader_ordinal, settings.leader_ordinal + ORDINALS_MAX)
+    return tuple(pod_url(settings, ordinal) for ordinal in ordinals if ordinal != settings.ordinal)
 
 
 def _leader_url(settings: Settings) -> str:

@@ -160,6 +160,30 @@ class Settings:
         "MEHDB_STOP_TIMEOUT", _seconds(0.1, 3600), "10",
         "How long a stop waits for requests under way; set the pod's grace period well above it.",
     )  # fmt: skip
+    drain_timeout: float = _setting(
+        "MEHDB_DRAIN_TIMEOUT", _seconds(0, 3600), "10",
+        "How long a stop waits for writes under way, and for connected followers to hold them.",
+    )  # fmt: skip
+    lame_duck: float = _setting(
+        "MEHDB_LAME_DUCK", _seconds(0, 3600), "2",
+        "How long a node that stops goes on answering, unready, until clients have been told.",
+    )  # fmt: skip
+    grace_period: float = _setting(
+        "MEHDB_GRACE_PERIOD", _seconds(0.1, 86400), "30",
+        "What the pod is given to stop (terminationGracePeriodSeconds): the three times above must fit into it.",
+    )  # fmt: skip
+    disk_reserve: int = _setting(
+        "MEHDB_DISK_RESERVE", _size(0, 1 << 40), "64MiB",
+        "How much of the volume is kept free: below it, sets get 507. At most an eighth of the volume.",
+    )  # fmt: skip
+    retain_changes: int = _setting(
+        "MEHDB_RETAIN_CHANGES", whole_number(1, 10**12), "100000",
+        "How many of the newest changes are kept for followers to catch up with, superseded or not.",
+    )  # fmt: skip
+    snapshot_lag: int = _setting(
+        "MEHDB_SNAPSHOT_LAG", whole_number(1, 10**12), "100000",
+        "How many changes a follower may be behind before it is sent for a snapshot.",
+    )  # fmt: skip
     log_level: str = _setting("MEHDB_LOG_LEVEL", _choice(*LOG_LEVELS), "info", f"One of {', '.join(LOG_LEVELS)}.")
     fqdn: str | None = None
     """The pod's own DNS name; None outside Kubernetes. Found, not set."""
@@ -242,6 +266,12 @@ def _relations(settings: Settings) -> list[str]:
     if settings.queue_size < settings.max_value:
         problems.append(
             f"--queue-size: {settings.queue_size} bytes cannot hold one value of --max-value {settings.max_value}"
+        )
+    stop_s = settings.drain_timeout + settings.lame_duck + settings.stop_timeout
+    if stop_s >= settings.grace_period:
+        problems.append(
+            f"--grace-period: {settings.grace_period:g} s is too short for a stop, which may take --drain-timeout + "
+            f"--lame-duck + --stop-timeout = {stop_s:g} s: shorten those, or give the pod more and say so here"
         )
     if settings.in_kubernetes and settings.ordinal is None:
         problems.append(

@@ -162,7 +162,7 @@ class Cluster:
         leader_url = self.nodes[0].url if self.nodes else f"http://{ADDRESS}:{port}"
         usual = {
             "MEHDB_HOST": name, "MEHDB_PORT": str(port), "MEHDB_LISTEN": ADDRESS, "MEHDB_PEERS": leader_url,
-            "MEHDB_DATADIR": str(self.directory / name),
+            "MEHDB_DATADIR": str(self.directory / name), "MEHDB_LAME_DUCK": "0",
         }  # fmt: skip
         self.nodes.append(Node(name, port, self.directory / name, usual | environment))
         return self.nodes[-1]

@@ -7,6 +7,8 @@
     data.py       /set/, /get/, /delete/, /keys
     status.py     /status, /livez, /readyz, /metrics
     replicate.py  /position, /replicate, and who pulls from this node
+    snapshot.py   /snapshot
+    control.py    `ControlApi`: what an operator's commands ask of the node on their machine
     node.py       `NodeView`: what the API must know of the node it speaks for
 
 It decides nothing about data: that is the store's. It never builds a URL from what a client sent but the target's path
@@ -14,8 +16,9 @@ and query, byte for byte.
 """
 
 from mehdb.api.app import Api
+from mehdb.api.control import ControlApi, ControlView
 from mehdb.api.node import Check, NodeView
 from mehdb.api.replicate import Followers
 from mehdb.api.server import ApiServer
 
-__all__ = ["Api", "ApiServer", "Check", "Followers", "NodeView"]
+__all__ = ["Api", "ApiServer", "Check", "ControlApi", "ControlView", "Followers", "NodeView"]

@@ -5,9 +5,12 @@ read. Here the head is one string, written with the body in one go. Answers that
 """
 
 import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
+from pathlib import Path
 from typing import Final
 
+import aiofiles
 import msgspec
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
@@ -20,6 +23,7 @@ JOIN_BYTES_MAX: Final = 1 << 16  # below this, copying a body behind its head is
 STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 BODILESS: Final = frozenset({204})  # RFC 9110, 6.4.1
 BODY_RATE_MIN: Final = 64 << 10  # bytes per second, in the long run, either way: slower only holds memory and a socket
+FILE_CHUNK_BYTES: Final = 1 << 18  # amortises the thread that reads it
 SEND_STALL_S: Final = 30.0  # before that counts
 
 
@@ -44,6 +48,7 @@ class Answer(web.StreamResponse):
         self.content_type_line = content_type
         self.header_lines = headers
         self.revision = revision
+        self.content_bytes = len(body)
         self._head = b""
 
     @property
@@ -60,7 +65,7 @@ class Answer(web.StreamResponse):
         self._keep_alive = request.keep_alive and not owes_body and not last
         lines = [STATUS_LINES[self.status], common_headers, self.header_lines]
         if self.status not in BODILESS:
-            lines.append(f"Content-Type: {self.content_type_line}\r\nContent-Length: {len(self.content)}\r\n")
+            lines.append(f"Content-Type: {self.content_type_line}\r\nContent-Length: {self.content_bytes}\r\n")
         if not self._keep_alive:
             lines.append("Connection: close\r\n")
         elif request.version < (1, 1):
@@ -93,6 +98,35 @@ class Answer(web.StreamResponse):
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing more: `prepare` has sent it all."""
+
+
+class FileAnswer(Answer):
+    """A whole file, sent in pieces. *close* is called when it has been sent, or cannot be."""
+
+    def __init__(self, path: Path, size_bytes: int, headers: str, close: Callable[[], None]) -> None:
+        super().__init__(b"", "application/vnd.sqlite3", headers=headers)
+        self.content_bytes = size_bytes
+        self._path = path
+        self._close = close
+
+    async def send(self, request: web.BaseRequest) -> None:
+        """Send it to a client that may read slowly, but must go on reading."""
+        try:
+            await request.writer.write(self._head)
+            async with aiofiles.open(self._path, "rb") as file:
+                while chunk := await file.read(FILE_CHUNK_BYTES):
+                    async with asyncio.timeout(SEND_STALL_S):
+                        await request.writer.write(chunk)
+        except TimeoutError as error:
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError("the client reads too slowly") from error
+        finally:
+            self._close()
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
+        """Do nothing more: `send` has sent it all."""
+        return request.writer
 
 
 def json_answer(value: object, *, status: int = 200, headers: str = "") -> Answer:

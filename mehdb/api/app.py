@@ -13,11 +13,12 @@ from typing import Final, NamedTuple
 from aiohttp import web
 
 from mehdb import __version__
-from mehdb.api.answers import Answer, error_answer
+from mehdb.api.answers import Answer, FileAnswer, error_answer
 from mehdb.api.data import DataRoutes
 from mehdb.api.node import NodeView
 from mehdb.api.replicate import Followers, ReplicationRoutes
 from mehdb.api.requests import Target, target
+from mehdb.api.snapshot import SnapshotRoutes
 from mehdb.api.status import StatusRoutes
 from mehdb.errors import MalformedRequest, MehdbError, MethodNotAllowed, RouteNotFound
 from mehdb.metrics import Metrics
@@ -41,7 +42,8 @@ class Api:
     ) -> None:
         data = DataRoutes(node, store, settings)
         status = StatusRoutes(node, metrics)
-        replication = ReplicationRoutes(node, store, followers)
+        replication = ReplicationRoutes(node, store, followers, settings.snapshot_lag)
+        snapshots = SnapshotRoutes(node, store)
         # A route that ends in a slash is a prefix: what follows it is the key.
         self._routes: dict[str, dict[str, Handler]] = {
             "/get/": {"GET": data.get, "HEAD": data.get},
@@ -54,6 +56,7 @@ class Api:
             "/metrics": {"GET": status.metrics, "HEAD": status.metrics},
             "/position": {"GET": replication.position, "HEAD": replication.position},
             "/replicate": {"GET": replication.replicate},
+            "/snapshot": {"GET": snapshots.snapshot},
         }
         self._node = node
         self._store = store
@@ -79,7 +82,9 @@ class Api:
             )
         self._metrics.count_request(route, method if method in self._routes.get(route, ()) else UNKNOWN, answer.status)
         if isinstance(answer, Answer):
-            answer.complete(request, self._common_headers(answer.revision), last=self._node.state is State.STOPPED)
+            answer.complete(request, self._common_headers(answer.revision), last=self._node.closing)
+        if isinstance(answer, FileAnswer):
+            await answer.send(request)
         return answer
 
     def refuse(self, request: web.BaseRequest, reason: str) -> web.StreamResponse:

@@ -9,8 +9,8 @@ from aiohttp import web
 from mehdb.api.answers import TEXT, Answer, json_answer
 from mehdb.api.node import NodeView
 from mehdb.api.requests import BodyBudget, Parameters, Target, decode_key, no_parameters, read_body
-from mehdb.errors import BadParameter, KeyNotFound, NotSynced, Stopping
-from mehdb.model import State
+from mehdb.errors import BadParameter, DamagedRow, Draining, KeyNotFound, NotSynced
+from mehdb.model import Role
 from mehdb.settings import Settings, whole_number
 from mehdb.store import Store, Write
 
@@ -23,6 +23,13 @@ NOT_HERE: Final = {
     "error": "not_leader",
     "message": "nothing was written: this node follows. Send the same request to the Location (with curl: add -L)",
     "status": 307,
+}
+
+
+REPAIR: Final = {
+    Role.LEADER: "To repair the leader, GET the key from a follower and PUT it anew, or take a follower's whole store "
+    "with `mehdb adopt --from URL`",
+    Role.FOLLOWER: "This follower mends itself with a snapshot of the leader's",
 }
 
 
@@ -39,7 +46,10 @@ class DataRoutes:
         """Answer with the value of a key, as it was written."""
         key = decode_key(rest)
         no_parameters(target.query)
-        change = await self._store.get(key)
+        try:
+            change = await self._store.get(key)
+        except DamagedRow as error:
+            raise DamagedRow(f"{error}. {REPAIR[self._node.role]}") from error
         if change is None or change.value is None:
             self._refuse_if_empty()
             raise KeyNotFound("no such key on this node")
@@ -54,24 +64,24 @@ class DataRoutes:
         """Store the body as the value of a key."""
         key = decode_key(rest)
         if self._node.redirect_url is not None:
-            return _redirect(self._node.redirect_url, target)
+            return self._redirect(self._node.redirect_url, target)
         no_parameters(target.query)
         content_type = request.headers.get("Content-Type") or None
         if content_type is not None and not CONTENT_TYPE.fullmatch(content_type):
             raise BadParameter("the Content-Type must be 1 to 255 characters of ASCII: nothing was written")
-        self._refuse_if_stopping()
         settings = self._settings
-        value = await read_body(request, settings.max_value, settings.body_timeout, self._arriving)
-        return await self._write(Write(key, value, content_type))
+        with self._node.writing():
+            value = await read_body(request, settings.max_value, settings.body_timeout, self._arriving)
+            return await self._write(Write(key, value, content_type))
 
     async def delete(self, _request: web.BaseRequest, target: Target, rest: str) -> Answer:
         """Delete a key."""
         key = decode_key(rest)
         if self._node.redirect_url is not None:
-            return _redirect(self._node.redirect_url, target)
+            return self._redirect(self._node.redirect_url, target)
         no_parameters(target.query)
-        self._refuse_if_stopping()
-        return await self._write(Write(key, None))
+        with self._node.writing():
+            return await self._write(Write(key, None))
 
     async def keys(self, _request: web.BaseRequest, target: Target, _rest: str) -> Answer:
         """List live keys in byte order: one page, and a link to the next."""
@@ -93,17 +103,12 @@ class DataRoutes:
         revision = await self._store.write(write)
         return Answer(WRITTEN, TEXT, headers=f'ETag: "{revision}"\r\n', revision=revision)
 
+    def _redirect(self, base: str, target: Target) -> Answer:
+        """Send a writer to the leader: answered before the body is read and before any `100 Continue`."""
+        if self._node.leader_leaves:
+            raise Draining("the leader is about to restart, nothing was written: try again in a moment")
+        return json_answer(NOT_HERE, status=307, headers=f"Location: {base}{target.text}\r\n")
+
     def _refuse_if_empty(self) -> None:
         if self._store.meta.history is None:
-            raise NotSynced(
-                "this follower holds nothing yet, so it cannot know: ask another node, or again in a moment"
-            )
-
-    def _refuse_if_stopping(self) -> None:
-        if self._node.state is State.STOPPED:
-            raise Stopping("this node is stopping, nothing was written: try again in a moment")
-
-
-def _redirect(base: str, target: Target) -> Answer:
-    """Send a writer to the leader: answered before the body is read and before any `100 Continue`."""
-    return json_answer(NOT_HERE, status=307, headers=f"Location: {base}{target.text}\r\n")
+            raise NotSynced("this node holds nothing yet, so it cannot know: ask another node, or again in a moment")

@@ -1,8 +1,9 @@
 """What the API must know of the node that it speaks for."""
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
-from mehdb.model import NodeStatus, Role, State
+from mehdb.model import NodeStatus, Position, Role, State
 
 
 class Check(NamedTuple):
@@ -33,6 +34,28 @@ class NodeView(Protocol):
     @property
     def redirect_url(self) -> str | None:
         """The leader's base URL for clients; None on the leader."""
+        ...
+
+    @property
+    def leader_leaves(self) -> bool:
+        """Whether this node follows one that is about to stop: a redirect there would lead nowhere."""
+        ...
+
+    @property
+    def closing(self) -> bool:
+        """Whether every answer ends its connection, as the node is about to stop."""
+        ...
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Count a write while it is under way. Raises `NotNow` if none is taken now: nothing was written."""
+        ...
+
+    def require_leading(self) -> None:
+        """Raise `Recovering` on a leader that does not lead yet: nobody may copy what it holds."""
+        ...
+
+    def note_other(self, position: Position) -> None:
+        """Take note of a node whose *position* does not lie in this one's history."""
         ...
 
     def checks(self) -> tuple[Check, ...]:

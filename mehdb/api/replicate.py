@@ -14,7 +14,7 @@ from aiohttp import web
 from mehdb.api.answers import Answer, json_answer
 from mehdb.api.node import NodeView
 from mehdb.api.requests import Parameters, Target, no_parameters, seconds
-from mehdb.errors import NotSynced
+from mehdb.errors import Compacted, Diverged, NotSynced, StoreAway
 from mehdb.model import (
     GENESIS,
     ORIGIN,
@@ -33,6 +33,7 @@ from mehdb.store import Store
 MSGPACK: Final = "application/vnd.msgpack"
 WAIT_S_MAX: Final = 60.0  # proxies and clients give up on a silent connection at about this age
 FOLLOWERS_MAX: Final = 100  # a StatefulSet has a few; names come from clients, so their number is bounded
+CONNECTED_S: Final = 10.0  # a follower asks at least every 5 s
 FORGET_AFTER_S: Final = 300.0  # a follower that was scaled away is no longer listed
 REVISION_MAX: Final = (1 << 63) - 1  # SQLite's largest integer
 
@@ -54,6 +55,13 @@ class Followers:
         if node not in self._seen and len(self._seen) >= FOLLOWERS_MAX:
             del self._seen[min(self._seen, key=lambda name: self._seen[name].at_s)]
         self._seen[node] = _Seen(revision, monotonic())
+
+    def missing(self, head: Revision) -> tuple[str, ...]:
+        """Return those that are connected and do not hold *head*."""
+        now = monotonic()
+        return tuple(
+            node for node, seen in sorted(self._seen.items()) if now - seen.at_s < CONNECTED_S and seen.revision < head
+        )
 
     def status(self, head: Revision) -> tuple[FollowerStatus, ...]:
         """Return those heard of lately, by name, with their lag behind *head*."""
@@ -81,6 +89,12 @@ def _revision(text: str) -> Revision:
     return Revision(whole_number(0, REVISION_MAX)(text))
 
 
+def _snapshot(text: str) -> bool:
+    if text != "no":
+        raise ValueError("must be no, or left out")
+    return False
+
+
 def _node(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", text):
         raise ValueError("must be a host name")
@@ -90,14 +104,17 @@ def _node(text: str) -> str:
 class ReplicationRoutes:
     """The routes for other nodes."""
 
-    def __init__(self, node: NodeView, store: Store, followers: Followers) -> None:
+    def __init__(self, node: NodeView, store: Store, followers: Followers, snapshot_lag: int) -> None:
         self._node = node
         self._store = store
         self._followers = followers
+        self._snapshot_lag = snapshot_lag
 
     async def position(self, _request: web.BaseRequest, target: Target, _rest: str) -> Answer:
         """Answer with this node's position."""
         no_parameters(target.query)
+        if not self._store.is_open:  # else a store that cannot be read would look like an empty one
+            raise StoreAway("this node has not opened its store: ask again in a moment")
         meta = self._store.meta
         return json_answer(
             NodePosition(
@@ -119,10 +136,18 @@ class ReplicationRoutes:
         durable = min(after, parameters.take("durable", _revision, after))
         node = parameters.take("node", _node, None)
         wait_s = parameters.take("wait", seconds(WAIT_S_MAX), 0.0)
+        may_snapshot = parameters.take("snapshot", _snapshot, default=True)
         parameters.finish()
+        self._node.require_leading()
         if self._store.meta.history is None:
             raise NotSynced("this node holds nothing yet: ask another one")
-        page = await self._store.page_after(position)
+        try:
+            page = await self._store.page_after(position)
+        except Diverged:
+            self._node.note_other(position)
+            raise
+        if may_snapshot:
+            self._send_for_snapshot(position)
         if node is not None:
             self._followers.note(node, durable)
         if page is None and wait_s and await self._store.wait_beyond(after, wait_s):
@@ -130,3 +155,9 @@ class ReplicationRoutes:
         if page is None:
             return Answer(status=204)
         return Answer(encode_page(page), MSGPACK)
+
+    def _send_for_snapshot(self, position: Position) -> None:
+        """Raise `Compacted` for a store to which the whole is quicker to give than all changes one by one."""
+        behind = self._store.head - position.revision
+        if behind and (position.history is None or behind > self._snapshot_lag):
+            raise Compacted(f"{behind} changes are missing: take the snapshot (GET /snapshot), or ask with snapshot=no")

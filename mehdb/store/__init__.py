@@ -6,6 +6,9 @@
     reader.py   point reads and scans on read-only connections
     schema.py   the tables, the pragmas, opening and creating
     seal.py     the CRC of a row and the chain over all of them
+    mark.py     the acknowledged mark: up to where the store must reach
+    room.py     the reserve of the volume, and the ballast
+    snapshot.py a copy of the whole store: made, verified, put in a store's place
     check.py    every invariant of the schema, verified
     lock.py     one process per data directory
 
@@ -13,9 +16,24 @@ It knows nothing of roles, peers or HTTP. It owns promises 1, 2 and 5: a write i
 durable, shown after it is durable, and shown as it was written or not at all.
 """
 
-from mehdb.store.check import CheckReport
-from mehdb.store.lock import lock_holder
+from mehdb.store.check import CheckReport, OnProgress, check_directory
+from mehdb.store.lock import DirectoryLock, lock_holder
 from mehdb.store.log import Write
-from mehdb.store.store import Store
+from mehdb.store.mark import read_mark, write_mark
+from mehdb.store.schema import Meta, new_history, require_sound
+from mehdb.store.snapshot import (
+    Snapshot,
+    abandon,
+    begin_new_history,
+    install,
+    keep_copy,
+    make_snapshot,
+    verify_snapshot,
+)
+from mehdb.store.store import Store, StoreOptions
 
-__all__ = ["CheckReport", "Store", "Write", "lock_holder"]
+__all__ = [
+    "CheckReport", "DirectoryLock", "Meta", "OnProgress", "Snapshot", "Store", "StoreOptions", "Write", "abandon",
+    "begin_new_history", "check_directory", "install", "keep_copy", "lock_holder", "make_snapshot", "new_history",
+    "read_mark", "require_sound", "verify_snapshot", "write_mark",
+]  # fmt: skip

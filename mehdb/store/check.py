@@ -3,15 +3,18 @@
 Reads one consistent state of a store, live or not, and changes nothing. Memory does not grow with the store.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from time import sleep
 from typing import Final, cast
 
 import apsw
 
-from mehdb.model import GENESIS, ORIGIN, Chain, Change
-from mehdb.store.schema import Meta, read_meta
+from mehdb.errors import DamagedRow, StoreFailed
+from mehdb.model import GENESIS, ORIGIN, Chain, Change, Position
+from mehdb.store.schema import SCHEMA_VERSION, Meta, is_damage, open_reader, read_meta
 from mehdb.store.seal import seal
 
 PROBLEMS_MAX: Final = 100  # enough to see the pattern; a wholly damaged store has one for each row
@@ -25,56 +28,85 @@ COMPARISONS: Final = {
     "an entry points to a change that a newer one of its key supersedes": """
         SELECT change.revision FROM change JOIN entry USING (key) WHERE change.revision > entry.revision""",
     "a key whose newest change is no deletion has no entry": """
-        SELECT max(revision) AS newest FROM change GROUP BY key
-        HAVING (SELECT value IS NULL FROM change WHERE revision = newest) = 0
-           AND change.key NOT IN (SELECT key FROM entry)""",
+        SELECT max(revision) AS newest FROM change
+        WHERE NOT EXISTS (SELECT 1 FROM entry WHERE entry.key = change.key) GROUP BY key
+        HAVING (SELECT value IS NULL FROM change WHERE revision = newest) = 0""",
 }
+YIELD_ROWS: Final = 256  # a thread that gives way so often delays the event loop by a millisecond at most
+
+OnProgress = Callable[[int, int], None]
+"""Told how many changes have been read, of how many."""
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a check found: how many changes and live keys it read, and a line for each problem, at most 100."""
+    """What a check found: where the store is, how much it holds, and a line for each problem, at most 100."""
 
+    position: Position
     changes: int
     keys: int
     problems: tuple[str, ...]
 
 
-def check(connection: apsw.Connection) -> CheckReport:
+def check_directory(directory: Path, on_progress: OnProgress = lambda _done, _all: None) -> CheckReport:
+    """Verify every invariant of the store in *directory*, which may be open elsewhere. Raises `StoreFailed`."""
+    try:
+        connection = open_reader(directory)
+        try:
+            return check(connection, on_progress)
+        finally:
+            connection.close()
+    except apsw.Error as error:
+        raise StoreFailed(f"the store in {directory} cannot be opened: {error}") from error
+
+
+def check(connection: apsw.Connection, on_progress: OnProgress = lambda _done, _all: None) -> CheckReport:
     """Verify all invariants of the store that *connection* reads, in one read transaction."""
     problems: list[str] = []
-    changes = keys = 0
-    connection.execute("BEGIN")
+    position, changes, keys = Position(), 0, 0
     try:
+        connection.execute("BEGIN")
         meta = read_meta(connection)
-        problems += (f"SQLite: {line}" for (line,) in connection.execute(INTEGRITY) if line != "ok")
+        position = meta.position
         changes = cast("int", connection.execute("SELECT count(*) FROM change").get)
         keys = cast("int", connection.execute("SELECT count(*) FROM entry").get)
-        problems += islice(_problems(connection, meta, keys), PROBLEMS_MAX)
-    except apsw.CorruptError as error:
-        problems.append(f"SQLite: the rest cannot be read: {error}")
+        on_progress(0, changes)
+        problems += (f"SQLite: {line}" for (line,) in connection.execute(INTEGRITY) if line != "ok")
+        problems += islice(_problems(connection, meta, keys, lambda done: on_progress(done, changes)), PROBLEMS_MAX)
+    except (apsw.Error, DamagedRow) as error:
+        if not (is_damage(error) or isinstance(error, apsw.SQLError | DamagedRow)):
+            raise
+        problems.append(f"the rest cannot be read: {error}")
     finally:
-        connection.execute("ROLLBACK")
-    return CheckReport(changes, keys, tuple(problems[:PROBLEMS_MAX]))
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+    return CheckReport(position, changes, keys, tuple(problems[:PROBLEMS_MAX]))
 
 
-def _problems(connection: apsw.Connection, meta: Meta, keys: int) -> Iterator[str]:
+def _problems(connection: apsw.Connection, meta: Meta, keys: int, on_progress: Callable[[int], None]) -> Iterator[str]:
+    schema = connection.execute("SELECT schema FROM meta").get
+    if schema != SCHEMA_VERSION:
+        yield f"meta says schema {schema}, the file's header {SCHEMA_VERSION}"
     if keys != meta.keys:
         yield f"meta counts {meta.keys} keys, entry has {keys}"
     if meta.history is None and meta.head != ORIGIN:
         yield f"there are changes up to revision {meta.head}, but no history"
     if not ORIGIN <= meta.floor <= meta.head:
         yield f"the floor {meta.floor} is not between 0 and the head {meta.head}"
-    yield from _log_problems(connection, meta)
+    yield from _log_problems(connection, meta, on_progress)
     for problem, query in COMPARISONS.items():
         for (revision,) in connection.execute(query):
             yield f"revision {revision}: {problem}"
 
 
-def _log_problems(connection: apsw.Connection, meta: Meta) -> Iterator[str]:
+def _log_problems(connection: apsw.Connection, meta: Meta, on_progress: Callable[[int], None]) -> Iterator[str]:
     """Yield what is wrong with the rows of `change`: their CRC, the chain from each to the next, gaps, the end."""
     revision, chain = ORIGIN, GENESIS
-    for row_revision, key, value, content_type, expires_at, row_crc, row_chain in connection.execute(ROWS):
+    for number, row in enumerate(connection.execute(ROWS)):
+        if number % YIELD_ROWS == 0:
+            sleep(0)  # lets go of the interpreter
+            on_progress(number)
+        row_revision, key, value, content_type, expires_at, row_crc, row_chain = row
         text = None if content_type is None else content_type.decode(errors="replace")
         change = Change(row_revision, key, value, text, expires_at)
         expected_crc, expected_chain = seal(chain, change)

@@ -7,13 +7,14 @@ Only the writer thread uses it.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Final
 
 import apsw
 import msgspec
 
 from mehdb.errors import Diverged, KeyNotFound, MehdbError, PeerAnswerInvalid, StaleEpoch
-from mehdb.model import Change, Epoch, History, Page, Revision
-from mehdb.store.schema import Meta, read_meta
+from mehdb.model import ORIGIN, Change, Epoch, History, Page, Revision
+from mehdb.store.schema import PAGE_SIZE, Meta, read_meta
 from mehdb.store.seal import seal
 
 
@@ -50,13 +51,50 @@ def decide(writes: Iterable[Write], live: set[bytes], head: Revision) -> tuple[l
     return outcomes, changes
 
 
-class Log:
-    """The tables, for the one thread that changes them."""
+COMPACT: Final = """
+    DELETE FROM change WHERE revision > ?1 AND revision <= ?2 AND NOT EXISTS (
+        SELECT 1 FROM entry WHERE entry.key = change.key AND entry.revision = change.revision)"""
+COMPACT_FACTOR: Final = 2  # changes looked at for each one written: a backlog shrinks while writes go on
+COMPACT_STEP: Final = 500  # changes looked at in one transaction when nothing else is to do: a few milliseconds
 
-    def __init__(self, connection: apsw.Connection) -> None:
+
+class Log:
+    """The tables, for the one thread that changes them.
+
+    *retain_changes* is how many of the newest changes are kept, superseded or not; at least 1, as the head always is.
+    """
+
+    def __init__(self, connection: apsw.Connection, retain_changes: int) -> None:
         self._connection = connection
         self.commits = 0
         self.meta = read_meta(connection)
+        self.compacts = True  # until a damaged page is in the way: writes must not fail over what they do not need
+        self._retain_changes = retain_changes
+        self._squeeze_to = ORIGIN
+
+    @property
+    def backlog(self) -> int:
+        """How many changes lie behind the window and above the floor."""
+        return max(0, self._window_start - self.meta.floor) if self.compacts else 0
+
+    @property
+    def _window_start(self) -> int:
+        return max(self.meta.head - self._retain_changes, min(self._squeeze_to, self.meta.head - 1))
+
+    def squeeze(self, revision: Revision) -> None:
+        """Let the changes up to *revision* go, window or not: the volume is short of room."""
+        self._squeeze_to = max(self._squeeze_to, revision)
+
+    def compact(self) -> None:
+        """Commit one step of compaction."""
+        with self._transaction():
+            meta = self._compacted(self.meta, COMPACT_STEP)
+            self._save(meta)
+        self.meta = meta
+
+    def reusable_bytes(self) -> int:
+        """Return how much of the file is free for new rows."""
+        return int(self._connection.pragma("freelist_count")) * PAGE_SIZE
 
     def write(self, writes: Sequence[Write]) -> list[Outcome]:
         """Commit *writes* in one transaction and return an outcome for each, in order."""
@@ -94,6 +132,8 @@ class Log:
 
     def _adopted(self, history: History, epoch: Epoch) -> Meta:
         if self.meta.history not in (None, history):  # epochs of two histories cannot be compared
+            if self.meta.head == ORIGIN:  # nothing is lost with a history without changes
+                return replace(self.meta, history=history, epoch=epoch)
             raise Diverged(f"history {history} is another than this store's {self.meta.history}")
         if epoch < self.meta.epoch:
             raise StaleEpoch(f"epoch {epoch} is over: this store has seen {self.meta.epoch}")
@@ -123,8 +163,17 @@ class Log:
         )
         execute("DELETE FROM entry WHERE key = ?", [(c.key,) for c in newest.values() if c.value is None])
         meta = replace(meta, head=Revision(meta.head + len(rows)), chain=chain)
+        meta = self._compacted(meta, COMPACT_FACTOR * len(rows))
         self._save(meta)
         return meta
+
+    def _compacted(self, meta: Meta, steps: int) -> Meta:
+        """Delete superseded changes among the first *steps* behind the window. Return *meta* with its new floor."""
+        floor = min(self._window_start, meta.floor + steps)
+        if floor <= meta.floor or not self.compacts:
+            return meta
+        self._connection.execute(COMPACT, (meta.floor, floor))
+        return replace(meta, floor=Revision(floor))
 
     def _live(self, keys: Iterable[bytes]) -> set[bytes]:
         """Return those of *keys* that are live."""

@@ -11,7 +11,7 @@ import apsw
 
 from mehdb.errors import Compacted, DamagedRow
 from mehdb.model import GENESIS, ORIGIN, Chain, Change, Page, Revision
-from mehdb.store.schema import Meta, open_reader
+from mehdb.store.schema import Meta, is_damage, open_reader
 from mehdb.store.seal import crc
 
 # The hottest statement of all. A sub-select, not a join: SQLite runs it with half the instructions. What lies behind a
@@ -27,7 +27,6 @@ CHANGES: Final = """
     SELECT revision, key, value, content_type, expires_at, crc, chain FROM change
     WHERE revision > ? AND revision <= ? ORDER BY revision"""
 AFTER_UTF8: Final = b"\xff"  # greater than any byte of UTF-8, so that PREFIX + this ends the keys with a prefix
-UNREADABLE: Final = (apsw.CorruptError, UnicodeDecodeError)  # a broken page of the file; a text that is none any more
 CHANGE_OVERHEAD_BYTES: Final = 32  # about what a change occupies in a page beside its key and value
 
 
@@ -58,7 +57,9 @@ class Reader:
         try:
             # All rows, though there is one at most: a statement that has not ended holds its snapshot.
             rows = self._cursor.execute(GET, (key, value_bytes_max)).fetchall()
-        except UNREADABLE as error:
+        except (apsw.Error, UnicodeDecodeError) as error:
+            if not is_damage(error):
+                raise
             raise DamagedRow("the key's change cannot be read from this node's disk: read another node") from error
         if not rows:
             return None
@@ -74,14 +75,23 @@ class Reader:
     def keys(self, prefix: bytes, after: bytes, limit: int) -> list[bytes]:
         """Return the live keys that start with *prefix* and sort after *after*, in byte order, at most *limit*."""
         first = max(prefix, after + b"\0" if after else b"")  # one bound, so that SQLite starts there
-        rows = self._connection.execute(KEYS, (first, prefix + AFTER_UTF8, limit))
-        return [key for (key,) in rows]
+        try:
+            return [key for (key,) in self._connection.execute(KEYS, (first, prefix + AFTER_UTF8, limit))]
+        except apsw.Error as error:
+            if not is_damage(error):
+                raise
+            raise DamagedRow("the index cannot be read whole from this node's disk: read another node") from error
 
     def chain(self, revision: Revision) -> Chain:
         """Return the chain at *revision*. Raises `Compacted` if its change is gone."""
         if revision == ORIGIN:
             return GENESIS
-        row = self._connection.execute(CHAIN, (revision,)).fetchone()
+        try:
+            row = self._connection.execute(CHAIN, (revision,)).fetchone()
+        except apsw.Error as error:
+            if not is_damage(error):
+                raise
+            raise _damaged(revision) from error
         if row is None:
             raise Compacted(f"the change of revision {revision} has been compacted away")
         return Chain(cast("bytes", row[0]))
@@ -105,7 +115,9 @@ class Reader:
                 size_bytes += len(change.key) + len(change.value or b"") + CHANGE_OVERHEAD_BYTES
                 if size_bytes >= bytes_max:
                     break
-        except UNREADABLE as error:
+        except (apsw.Error, UnicodeDecodeError) as error:
+            if not is_damage(error):
+                raise
             raise _damaged(after + len(changes) + 1) from error
         if not changes:
             return None

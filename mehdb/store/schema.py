@@ -1,5 +1,9 @@
 """The tables, and how a connection to them is opened.
 
+SQLite itself has no page checksums, so that a flipped bit in an inner page of an index would hide keys without a sign.
+Its own extension `cksumvfs` (https://sqlite.org/cksumvfs.html) puts one at the end of each page of the file and
+verifies it at each read. The WAL has checksums of its own, which SQLite verifies when it opens it.
+
 Invariants, all verified by `check`:
 - `change` holds revisions up to `head`, without gaps above `floor`; each row's `crc` and `chain` are those of `seal`.
 - `entry` holds exactly the keys whose newest change is not a deletion, each with that change's revision.
@@ -7,17 +11,26 @@ Invariants, all verified by `check`:
 - `history` is NULL only while `head` is 0.
 """
 
+import functools
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import apsw
+import apsw.sqlite_extra
 
-from mehdb.errors import StoreError, StoreFailed, UnknownSchema, UnsafeSqlite
-from mehdb.model import Chain, Epoch, History, Position, Revision
+from mehdb.errors import Damaged, DamagedRow, StoreFailed, UnknownSchema, UnsafeSqlite
+from mehdb.model import GENESIS, ORIGIN, Chain, Change, Epoch, History, Position, Revision
+from mehdb.store.mark import read_mark
+from mehdb.store.seal import crc
 
 FILE_NAME: Final = "store.db"
+WAL_NAME: Final = FILE_NAME + "-wal"
+SHM_NAME: Final = FILE_NAME + "-shm"
+PAGE_SIZE: Final = 4096
+CHECKSUM_BYTES: Final = 8  # at the end of each page, for SQLite's cksumvfs
 APPLICATION_ID: Final = 0x6D656864  # "mehd", so that `file` and we can tell the file from any other database
 SCHEMA_VERSION: Final = 1
 SCHEMA: Final = f"""
@@ -50,8 +63,12 @@ PRAGMA user_version = {SCHEMA_VERSION};
 """  # noqa: S608  our own constants
 WRITER_CACHE_KIB: Final = 32 << 10  # holds the inner pages of both trees and a batch's leaves at a million keys
 READER_CACHE_KIB: Final = 4 << 10  # inner pages; leaves come from the kernel's cache as quickly
-BUSY_TIMEOUT_MS: Final = 1000  # only a foreign process, such as an operator's sqlite3, makes us wait at all
+BUSY_TIMEOUT_MS: Final = 1000
 WAL_BYTES_KEPT: Final = 64 << 20  # a WAL that a long scan made larger is cut back to this
+# All that a read can fail with, and no write: SQLITE_IOERR_READ, _SHORT_READ, _CORRUPTFS and cksumvfs' _DATA.
+READ_ERRORS: Final = frozenset(
+    {apsw.SQLITE_IOERR_READ, apsw.SQLITE_IOERR_SHORT_READ, apsw.SQLITE_IOERR_CORRUPTFS, apsw.SQLITE_IOERR_DATA}
+)
 FIRST_SAFE_SQLITE: Final = (3, 51, 3)  # 3.7.0 to 3.51.2 have the WAL-reset bug; https://sqlite.org/wal.html
 
 
@@ -78,63 +95,182 @@ def refuse_unsafe_sqlite(version: str) -> None:
         raise UnsafeSqlite(f"SQLite {version} can corrupt a database in WAL mode: install apsw 3.53 or newer")
 
 
+def is_damage(error: BaseException) -> bool:
+    """Return whether *error* says that what was read is damaged: nothing was written, and the process may live on."""
+    if isinstance(error, apsw.IOError):
+        return getattr(error, "extendedresult", None) in READ_ERRORS
+    return isinstance(error, apsw.CorruptError | apsw.NotADBError | UnicodeDecodeError)
+
+
+@functools.cache
+def use_page_checksums() -> None:
+    """Have every connection that is opened from here on write and verify page checksums. Raises `UnsafeSqlite`."""
+    refuse_unsafe_sqlite(apsw.sqlite_lib_version())
+    connection = apsw.Connection(":memory:")
+    try:
+        apsw.sqlite_extra.load(connection, "cksumvfs")
+    except (apsw.sqlite_extra.NotAvailable, LookupError, apsw.Error) as error:
+        raise UnsafeSqlite(f"this apsw lacks SQLite's cksumvfs ({error}): install its wheel from PyPI") from error
+    finally:
+        connection.close()
+
+
 def open_writer(directory: Path) -> apsw.Connection:
     """Open, or create, the store in *directory* for the one thread that writes.
 
-    Raises `UnsafeSqlite` and `UnknownSchema` before anything is changed, and `StoreFailed`.
+    Raises `UnsafeSqlite`, `UnknownSchema` and `Damaged` before anything is changed, `StoreFailed`, and SQLite's own
+    errors where the volume is full or can only be read.
     """
-    refuse_unsafe_sqlite(apsw.sqlite_lib_version())
+    use_page_checksums()
     path = directory / FILE_NAME
-    connection = apsw.Connection(str(path))
+    if not path.exists():
+        _create(directory)
+    connection = _connect(path, apsw.SQLITE_OPEN_READWRITE)
     try:
-        # A file that is not ours keeps its WAL too: closing would move that into it.
+        # A file that is not ours, or not sound, keeps its WAL too: closing would move that into it.
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-        _refuse_other_schema(connection, path)
+        verify_opened(connection, directory)
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
-        if connection.execute("PRAGMA journal_mode = WAL").get != "wal":
-            raise StoreFailed(f"{path} cannot be in WAL mode there: a volume must be a block device, never NFS")
-        connection.set_busy_timeout(BUSY_TIMEOUT_MS)
+        _require_wal(connection, path)
         # FULL, not NORMAL: an acknowledged write must survive power loss. NORMAL does not sync at commit in WAL mode.
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute(f"PRAGMA cache_size = -{WRITER_CACHE_KIB}")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_KEPT}").fetchall()
-        if connection.pragma("user_version") == 0:
-            connection.execute(f"BEGIN IMMEDIATE; {SCHEMA}; COMMIT")
-            sync_directory(directory)
         # What a killed process wrote into the WAL may not be synced, yet SQLite would show it: a checkpoint syncs it.
         connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-        read_meta(connection)
-    except apsw.Error as error:
-        connection.close()
-        raise StoreFailed(f"{path} cannot be opened: {error}") from error
-    except StoreError:
+    except BaseException:
         connection.close()
         raise
     return connection
 
 
+def _require_wal(connection: apsw.Connection, path: Path) -> None:
+    if connection.execute("PRAGMA journal_mode = WAL").get != "wal":
+        raise StoreFailed(f"{path} cannot be in WAL mode there: a volume must be a block device, never NFS")
+
+
 def open_reader(directory: Path) -> apsw.Connection:
     """Open the store in *directory* for reading. The connection is for one thread at a time."""
-    connection = apsw.Connection(str(directory / FILE_NAME), flags=apsw.SQLITE_OPEN_READONLY)
-    connection.set_busy_timeout(BUSY_TIMEOUT_MS)
+    use_page_checksums()
+    connection = _connect(directory / FILE_NAME, apsw.SQLITE_OPEN_READONLY)
     connection.execute(f"PRAGMA cache_size = -{READER_CACHE_KIB}")
     return connection
 
 
+def open_copy(path: Path) -> apsw.Connection:
+    """Open a whole store in one file, without a WAL, for reading: a snapshot or a backup. Nothing is made beside it."""
+    use_page_checksums()
+    flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+    return apsw.Connection(f"{path.absolute().as_uri()}?immutable=1", flags=flags)
+
+
+def require_sound(directory: Path) -> Meta:
+    """Return `meta` of the store in *directory*, which no process has open. Nothing is changed.
+
+    Raises `FileNotFoundError` if there never was one, and what `verify_opened` does.
+    """
+    if not (directory / FILE_NAME).exists():
+        refuse_lost_store(directory)
+        raise FileNotFoundError(directory / FILE_NAME)
+    try:
+        connection = open_reader(directory)
+    except apsw.Error as error:
+        raise Damaged(f"{directory / FILE_NAME} cannot be opened: {error}") from error
+    try:
+        return verify_opened(connection, directory)
+    finally:
+        connection.close()
+
+
+def verify_opened(connection: apsw.Connection, directory: Path) -> Meta:
+    """Return `meta` of a store that is ours and can be trusted at its head.
+
+    Raises `UnknownSchema`, and `Damaged` where it cannot be read, contradicts itself or lacks acknowledged changes.
+    """
+    path = directory / FILE_NAME
+    if path.stat().st_size == 0:
+        raise Damaged(f"{path} has 0 bytes")
+    try:
+        refuse_other_schema(connection, path)
+        if not connection.pragma("checksum_verification"):
+            raise Damaged(f"{path} has lost its page checksums: its first page is damaged")
+        meta = read_meta(connection)
+        _verify_head(connection, meta)
+    except (apsw.Error, UnicodeDecodeError, DamagedRow) as error:
+        if is_damage(error) or isinstance(error, apsw.SQLError | DamagedRow):
+            raise Damaged(f"{path} cannot be trusted: {error}") from error
+        raise
+    mark = read_mark(directory)
+    if mark is not None and mark.history == meta.history and mark.revision > meta.head:
+        missing = mark.revision - meta.head
+        raise Damaged(
+            f"{path} ends at revision {meta.head}, but {mark.revision} has been acknowledged: {missing} changes are "
+            "missing at its end",
+            missing,
+        )
+    return meta
+
+
 def read_meta(connection: apsw.Connection) -> Meta:
-    """Return the row of `meta` as *connection* sees it. Raises `StoreFailed` if it is gone."""
+    """Return the row of `meta` as *connection* sees it. Raises `DamagedRow` if it is gone."""
     row = connection.execute("SELECT history, epoch, head, chain, floor, keys FROM meta").get
     if row is None:
-        raise StoreFailed("`meta` has no row, the file is damaged: keep a copy, then start from a backup or empty")
+        raise DamagedRow("`meta` has no row")
     return Meta(*row)
 
 
-def _refuse_other_schema(connection: apsw.Connection, path: Path) -> None:
-    """Raise `UnknownSchema` unless the file is ours, or new."""
-    version, application = connection.pragma("user_version"), connection.pragma("application_id")
-    tables = connection.execute("SELECT count(*) FROM sqlite_schema").get
-    if (version, application) == (0, 0) and not tables:
+def _create(directory: Path) -> None:
+    """Make an empty store in *directory*, whole or not at all. Raises `Damaged` if there has been one.
+
+    An empty file that a crash left would look like a damaged store, so it gets its name when it is complete.
+    """
+    refuse_lost_store(directory)
+    new = directory / f"{FILE_NAME}.new"
+    new.unlink(missing_ok=True)
+    connection = apsw.Connection(str(new))
+    try:
+        connection.reserve_bytes("main", CHECKSUM_BYTES)
+        connection.execute(f"PRAGMA page_size = {PAGE_SIZE}; PRAGMA synchronous = FULL; BEGIN; {SCHEMA}; COMMIT")
+    finally:
+        connection.close()
+    new.rename(directory / FILE_NAME)
+    sync_directory(directory)
+
+
+def refuse_lost_store(directory: Path) -> None:
+    """Raise `Damaged` if *directory* has no store, but had one."""
+    mark = read_mark(directory)
+    if mark is not None:
+        raise Damaged(f"{directory} has no {FILE_NAME}, but had one that acknowledged {mark.revision}", mark.revision)
+    if (directory / WAL_NAME).exists():
+        raise Damaged(f"{directory} has no {FILE_NAME}, only what a lost one left")
+
+
+def _connect(path: Path, flags: int) -> apsw.Connection:
+    connection = apsw.Connection(str(path), flags=flags)
+    # Only a foreign process, such as an operator's sqlite3, makes us wait at all.
+    connection.set_busy_timeout(BUSY_TIMEOUT_MS)
+    return connection
+
+
+def _verify_head(connection: apsw.Connection, meta: Meta) -> None:
+    """Raise `DamagedRow` unless the newest change is the one that `meta` says: old and new pages may be mixed."""
+    row = connection.execute(
+        "SELECT revision, key, value, content_type, expires_at, crc, chain FROM change ORDER BY revision DESC LIMIT 1"
+    ).fetchone()
+    if row is None:
+        if (meta.head, meta.chain) != (ORIGIN, GENESIS):
+            raise DamagedRow(f"the head is {meta.head}, but there are no changes")
         return
+    *columns, expected_crc, chain = row
+    change = Change(*columns)
+    if (change.revision, chain) != (meta.head, meta.chain) or crc(change) != expected_crc:
+        raise DamagedRow(f"the newest change, {change.revision}, is not the head {meta.head}")
+
+
+def refuse_other_schema(connection: apsw.Connection, path: Path) -> None:
+    """Raise `UnknownSchema` unless the file is ours."""
+    version, application = connection.pragma("user_version"), connection.pragma("application_id")
     if application != APPLICATION_ID:
         raise UnknownSchema(f"{path} is not a mehdb store: move it away or choose another --data-dir")
     if version != SCHEMA_VERSION:
@@ -143,9 +279,23 @@ def _refuse_other_schema(connection: apsw.Connection, path: Path) -> None:
         )
 
 
+def new_history() -> History:
+    """Return an ID that no history has had."""
+    return History(secrets.token_hex(16))
+
+
 def sync_directory(directory: Path) -> None:
     """Make the names in *directory* durable, not only what the files hold."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    """Make what the file at *path* holds durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

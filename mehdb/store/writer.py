@@ -9,12 +9,16 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
+from time import monotonic
 from typing import Final, NamedTuple, TypeVar, cast
 
 import apsw
 
-from mehdb.errors import DiskFull, MehdbError, NotNow, QueueFull, Stopping, StoreFailed
+from mehdb.errors import DamagedRow, DiskFull, MehdbError, NotNow, QueueFull, ReadOnly, Stopping, StoreFailed
 from mehdb.store.log import Log, Outcome, Write
+from mehdb.store.mark import AcknowledgedMark
+from mehdb.store.room import Room
+from mehdb.store.schema import is_damage
 
 T = TypeVar("T")
 
@@ -22,6 +26,7 @@ BATCH_WRITES_MAX: Final = 1000  # amortises the sync; a commit of so many still 
 BATCH_BYTES_MAX: Final = 4 << 20  # keeps a batch of large values short as well
 WRITE_OVERHEAD_BYTES: Final = 256  # about what a queued write occupies beside its key and value
 CHECKPOINT_PAGES: Final = 4096  # 16 MiB of WAL: seldom enough to be cheap, short enough for a restart within a second
+SQUEEZE_EVERY_S: Final = 1.0  # what was the head so long ago, connected followers have: they lag by milliseconds
 
 Task = Callable[[Log], None]
 """Work that is not a client's write, such as applying a page: alone in its transaction."""
@@ -36,19 +41,36 @@ class _Job(NamedTuple):
 class Writer:
     """A queue of writes and tasks, bounded in bytes, and the thread that works it off in order."""
 
-    def __init__(self, connection: apsw.Connection, queue_bytes_max: int, on_commit: Callable[[], None]) -> None:
-        """Start the thread, which owns *connection* from here on. *on_commit* is called on the loop after a commit."""
+    def __init__(
+        self,
+        connection: apsw.Connection,
+        log: Log,
+        mark: AcknowledgedMark,
+        room: Room,
+        *,
+        queue_bytes_max: int,
+        on_commit: Callable[[], None],
+        failure: "asyncio.Future[StoreFailed]",
+    ) -> None:
+        """Start the thread, which owns *connection*, *log* and *mark* from here on.
+
+        *on_commit* is called on the loop after a commit; *failure* is done when nothing can be written any more.
+        """
         self.queue_bytes = 0
-        self.failure: asyncio.Future[StoreFailed] = asyncio.get_running_loop().create_future()
+        self._failure = failure
         self._queue_bytes_max = queue_bytes_max
         self._on_commit = on_commit
         self._loop = asyncio.get_running_loop()
         self._connection = connection
-        self._log = Log(connection)
-        self.meta = self._log.meta  # what is durable: the thread replaces it after each COMMIT
+        self._log = log
+        self._mark = mark
+        self._room = room
+        self.meta = log.meta  # what is durable: the thread replaces it after each COMMIT
+        self.short_of_room = False  # as of the last batch
         self._failed: StoreFailed | None = None
         self._closing = False
         self._wal_pages = 0
+        self._squeeze_at_s, self._squeeze_head = 0.0, log.meta.head
         connection.set_wal_hook(self._note_wal_pages)
         self._queue: SimpleQueue[_Job] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mehdb-writer", daemon=True)
@@ -107,25 +129,39 @@ class Writer:
             self.queue_bytes -= job.size_bytes
             if not job.done.done():  # cancelled: the client has gone, its write has not
                 job.done.set_result(outcome)
-        if self._failed and not self.failure.done():
-            self.failure.set_result(self._failed)
+        if self._failed and not self._failure.done():
+            self._failure.set_result(self._failed)
         self._on_commit()
 
     # In the writer's thread.
 
     def _run(self) -> None:
-        job = self._queue.get()
-        while job.work is not None:
-            due = self.checkpoint_due
+        following: _Job | None = None
+        while (job := following or self._next_job()).work is not None:
             batch, following = self._take_batch(job)
+            with_checkpoint = self.checkpoint_due  # since the commit before, so that readers have let go
             self._publish(batch, self._perform(batch))
-            if due:  # since the commit before, so that readers have let go; after acknowledging, which need not wait
-                self._guarded(self._checkpoint)
-                self._publish([], [])  # so that a failure is known at once, not at the next write
-            job = following or self._queue.get()
+            if with_checkpoint:  # after acknowledging, which need not wait
+                self._checkpoint()
         if self._failed is None:
             self._guarded(lambda: self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE))
         self._connection.close()
+        self._mark.close()
+
+    def _next_job(self) -> _Job:
+        """Return the next job, and compact while there is none."""
+        while True:
+            while self._log.backlog and self._queue.empty() and self._failed is None:
+                with_checkpoint = self.checkpoint_due
+                if isinstance(self._guarded(self._log.compact), MehdbError):
+                    break
+                self._publish([], [])
+                if with_checkpoint:
+                    self._checkpoint()
+            try:
+                return self._queue.get(timeout=SQUEEZE_EVERY_S if self.short_of_room or self._log.backlog else None)
+            except Empty:
+                self._look_for_room()
 
     def _take_batch(self, first: _Job) -> tuple[list[_Job], _Job | None]:
         """Return *first* with the writes that wait behind it, up to the bounds, and the job that ended the batch.
@@ -147,21 +183,63 @@ class Writer:
         return batch, None
 
     def _perform(self, batch: list[_Job]) -> Sequence[Outcome | None]:
+        self._look_for_room()
         writes = [job.work for job in batch if isinstance(job.work, Write)]
         if writes:
-            outcomes = self._guarded(lambda: self._log.write(writes))
-            return [outcomes] * len(batch) if isinstance(outcomes, MehdbError) else outcomes
+            return self._without_sets(writes, _no_room()) if self.short_of_room else self._write(writes)
         task = cast("Task", batch[0].work)
-        return [self._guarded(lambda: task(self._log))]
+        error = self._guarded(lambda: task(self._log))
+        if isinstance(error, DiskFull) and self._room.drop_ballast():
+            error = self._guarded(lambda: task(self._log))
+        return [error]
+
+    def _write(self, writes: Sequence[Write]) -> Sequence[Outcome]:
+        """Commit *writes*; what a full volume or a damaged page is in the way of, without the others' harm."""
+        outcomes = self._guarded(lambda: self._log.write(writes))
+        if isinstance(outcomes, DiskFull):
+            if any(write.value is not None for write in writes):
+                return self._without_sets(writes, outcomes)
+            if self._room.drop_ballast():
+                return self._write(writes)
+        if isinstance(outcomes, DamagedRow):
+            if self._log.compacts:
+                self._log.compacts = False
+                return self._write(writes)
+            if len(writes) > 1:
+                return [self._write([write])[0] for write in writes]
+        return [outcomes] * len(writes) if isinstance(outcomes, MehdbError) else outcomes
+
+    def _without_sets(self, writes: Sequence[Write], refusal: MehdbError) -> Sequence[Outcome]:
+        """Commit the deletions among *writes*. The sets get *refusal*."""
+        deletions = [write for write in writes if write.value is None]
+        outcomes = iter(self._write(deletions) if deletions else ())
+        return [refusal if write.value is not None else next(outcomes) for write in writes]
+
+    def _look_for_room(self) -> None:
+        """Find out whether the volume is short of room; if so, let go of what the window retains."""
+        try:
+            self.short_of_room = self._room.lacks() and self._room.lacks(self._log.reusable_bytes())
+            if not self.short_of_room:
+                self._room.take_ballast()
+        except (OSError, apsw.Error):
+            return  # what cannot be asked is no reason to fail: the write itself will say
+        now_s = monotonic()
+        if self.short_of_room and now_s - self._squeeze_at_s >= SQUEEZE_EVERY_S:
+            self._log.squeeze(self._squeeze_head)
+            self._squeeze_at_s, self._squeeze_head = now_s, self._log.meta.head
 
     def _publish(self, batch: list[_Job], outcomes: Sequence[Outcome | None]) -> None:
         """Show what is durable, then acknowledge it."""
-        self.meta = self._log.meta
+        if self._log.meta is not self.meta:
+            self._mark.move(self._log.meta.position)
+            self.meta = self._log.meta
         self._loop.call_soon_threadsafe(self._acknowledge, batch, outcomes)
 
     def _checkpoint(self) -> None:
-        self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        self._guarded(lambda: self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE))
         self._wal_pages = 0  # until the next commit says how many there are
+        if self._failed:
+            self._publish([], [])  # so that it is known at once, not at the next write
 
     def _note_wal_pages(self, _connection: apsw.Connection, _database: str, pages: int) -> int:
         self._wal_pages = pages
@@ -178,9 +256,19 @@ class Writer:
         except (apsw.BusyError, apsw.LockedError):  # an operator's sqlite3 holds the database: nothing was tried yet
             return NotNow("another process uses the database, nothing was written: try again in a moment")
         except apsw.FullError:
-            return DiskFull("the volume is full, nothing was written: make room or enlarge it")
+            return DiskFull("the volume is full, nothing was written: delete keys, make room or enlarge it")
+        except apsw.ReadOnlyError:
+            return ReadOnly("the volume can only be read, nothing was written: see to the disk")
         except Exception as error:  # noqa: BLE001  whatever it was, this process can no longer vouch for its writes
+            if is_damage(error):  # while reading, and all was rolled back
+                return DamagedRow(f"a page that this write needs is damaged, nothing was written ({error})")
             self._failed = StoreFailed(
                 f"nothing more is acknowledged, restart the node: {type(error).__name__}: {error}"
             )
             return self._failed
+
+
+def _no_room() -> DiskFull:
+    return DiskFull(
+        "less room is left on the volume than the reserve, nothing was written: delete keys, make room or enlarge it"
+    )

@@ -1,0 +1,253 @@
+"""A node's life: the only place where its parts are put together, started, supervised, suspended and stopped."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from aiohttp import web
+
+from mehdb import control
+from mehdb.api import Api, ApiServer, ControlApi
+from mehdb.errors import Damaged, DiskFull, MehdbError, SettingsError
+from mehdb.metrics import Metrics
+from mehdb.model import DrainReport, NodeStatus
+from mehdb.node import OPENING, Node
+from mehdb.peers import Peer
+from mehdb.recovery import Leader
+from mehdb.replication import Follower
+from mehdb.roles import assign, peer_urls
+from mehdb.settings import Settings
+from mehdb.store import Store, StoreOptions
+
+log = logging.getLogger("mehdb.life")
+
+LISTEN_BACKLOG: Final = 1024  # connections that the kernel holds while the loop is busy
+OPEN_EVERY_S: Final = 1.0  # how often a store is tried that had no room to be opened
+
+
+async def run(settings: Settings) -> None:
+    """Run a node until SIGTERM or SIGINT, then let clients and followers go, and close the store.
+
+    Raises `SettingsError` and `StoreError` before anything is served, and `StoreFailed` when the disk fails later.
+    """
+    store = Store(settings.data_dir, StoreOptions(settings.queue_size, settings.disk_reserve, settings.retain_changes))
+    await Life(settings, store).run()
+
+
+class Life:
+    """One node from its start to its end. To its operator, it is `mehdb.api.ControlView`."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._settings = settings
+        self._store = store
+        self._leadership = assign(settings)
+        self._node = Node(settings, self._leadership, store)
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._one_operator = asyncio.Lock()
+        self._suspend, self._away, self._resume = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        """Live."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._be_told_to_stop)
+        loop.add_signal_handler(signal.SIGUSR1, self._node.drain)
+        settings = self._settings
+        async with contextlib.AsyncExitStack() as stack:
+            listener = stack.enter_context(_listener(settings))
+            stack.push_async_callback(self._store.close)
+            # What can pass or be mended is seen to while requests are answered; anything else ends it here.
+            with contextlib.suppress(Damaged, DiskFull):
+                await self._store.start()
+            await stack.enter_async_context(self._controlled())
+            await stack.enter_async_context(self._served(listener))
+            log.info(
+                "started node=%s role=%s listen=%s port=%d data_dir=%s revision=%d leader=%s",
+                self._node.name, self._node.role, settings.listen, settings.port, settings.data_dir, self._store.head,
+                self._leadership.leader_url or "self",
+            )  # fmt: skip
+            await self._supervise()
+            log.info("stopping node=%s queue_bytes=%d", self._node.name, self._store.queue_bytes)
+            self._node.stopped = True
+        log.info("stopped node=%s revision=%d", self._node.name, self._store.head)
+
+    def _be_told_to_stop(self) -> None:
+        (self._hurry if self._stop.is_set() else self._stop).set()
+
+    async def _supervise(self) -> None:
+        """Return when the node has stopped and left. Raises what a part of it ended with: none may end by itself."""
+        leaving = asyncio.create_task(self._leave(), name="leave")
+        playing = asyncio.create_task(self._play(), name=self._node.role)
+        try:
+            parts: list[asyncio.Future[Any]] = [leaving, playing, self._store.failure]
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            if playing.done() and not self._store.failure.done():
+                playing.result()
+                raise MehdbError(f"the {self._node.role}'s loop ended by itself: this is a bug")
+        finally:
+            for task in (leaving, playing):
+                task.cancel()
+            await asyncio.wait([leaving, playing])
+        if self._store.failure.done():
+            raise self._store.failure.result()
+
+    async def _leave(self) -> None:
+        """When told to stop: drain, and go on answering until nobody asks any more. Told again: at once."""
+        await self._stop.wait()
+        self._node.closing = True
+        self._node.drain()
+        both = asyncio.ensure_future(
+            asyncio.gather(self._node.drained(self._settings.drain_timeout), asyncio.sleep(self._settings.lame_duck))
+        )
+        hurry = asyncio.create_task(self._hurry.wait(), name="hurry")
+        waits: list[asyncio.Future[Any]] = [both, hurry]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if both.done():
+            report: DrainReport = both.result()[0]
+            if not report.done:
+                log.warning(
+                    "not drained queue_bytes=%d writes=%d missing=%s",
+                    report.queue_bytes, report.writes, ",".join(report.missing) or "nobody",
+                )  # fmt: skip
+        both.cancel()
+        hurry.cancel()
+
+    async def _play(self) -> None:
+        """Play this node's role for ever, and again from the start after each time that an operator suspended it."""
+        while True:
+            playing = asyncio.create_task(self._play_once(), name=f"{self._node.role} at work")
+            suspended = asyncio.create_task(self._suspend.wait(), name="suspend")
+            try:
+                await asyncio.wait([playing, suspended], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (playing, suspended):
+                    task.cancel()
+                await asyncio.wait([playing, suspended])
+            if not self._suspend.is_set():
+                return playing.result()
+            self._node.part, self._node.obstacle = None, "an operator's command has the store"
+            with contextlib.suppress(Damaged, DiskFull):
+                async with self._store.suspended():
+                    log.info("suspended node=%s", self._node.name)
+                    self._suspend.clear()
+                    self._away.set()
+                    await self._resume.wait()
+            log.info("resumed node=%s", self._node.name)
+
+    async def _play_once(self) -> None:
+        damaged = await self._opened()
+        async with contextlib.AsyncExitStack() as stack:
+            if self._leadership.leader_url is None:
+                part: Leader | Follower = Leader(self._store, self._leadership, peer_urls(self._settings), damaged)
+            else:
+                leader = await stack.enter_async_context(Peer(self._leadership.leader_url))
+                part = Follower(self._store, leader, self._node.name, damaged)
+            self._node.part = part
+            await part.run()
+
+    async def _opened(self) -> Damaged | None:
+        """Return when the store is open, or why it never will be as it is."""
+        while not self._store.is_open:
+            try:
+                await self._store.start()
+            except Damaged as error:
+                log.error('store damaged reason="%s"', error)  # noqa: TRY400  the reason says it all
+                return error
+            except DiskFull as error:
+                if self._node.obstacle != str(error):
+                    log.error('store not opened reason="%s"', error)  # noqa: TRY400
+                self._node.obstacle = str(error)
+                await asyncio.sleep(OPEN_EVERY_S)
+        self._node.obstacle = OPENING
+        return None
+
+    # To an operator's commands.
+
+    def status(self) -> NodeStatus:
+        """Return everything that the node tells about itself."""
+        return self._node.status()
+
+    async def drained(self, timeout_s: float) -> DrainReport:
+        """Drain, and wait until that is done."""
+        return await self._node.drained(timeout_s)
+
+    @contextlib.asynccontextmanager
+    async def suspended(self) -> AsyncIterator[None]:
+        """Have the store closed while the block runs, then start again. One operator at a time."""
+        async with self._one_operator:
+            self._resume.clear()
+            self._away.clear()
+            self._suspend.set()
+            await self._away.wait()
+            try:
+                yield
+            finally:
+                self._resume.set()
+
+    # To the outside.
+
+    @contextlib.asynccontextmanager
+    async def _controlled(self) -> AsyncIterator[None]:
+        """Answer an operator's commands while the block runs."""
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                listener = stack.enter_context(control.listener(self._settings.data_dir))
+            except OSError as error:  # a volume that can only be read, or holds no sockets
+                log.warning('no control socket reason="%s"', error)
+            else:
+                runner = web.AppRunner(ControlApi(self).application(), access_log=None, shutdown_timeout=0.1)
+                await runner.setup()
+                stack.push_async_callback(runner.cleanup)
+                await web.SockSite(runner, listener).start()
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _served(self, listener: socket.socket) -> AsyncIterator[None]:
+        """Answer requests while the block runs; at its end finish those under way, within `stop_timeout`."""
+        settings = self._settings
+        api = Api(self._node, self._store, settings, self._node.followers, Metrics(self._node.status))
+        # The API answers every error itself. What aiohttp would log is clients' broken requests: no change of state.
+        quiet = logging.getLogger("mehdb.http")
+        quiet.setLevel(logging.CRITICAL)
+        server = ApiServer(
+            api,
+            access_log=None,
+            logger=quiet,
+            keepalive_timeout=settings.keepalive_timeout,
+            lingering_time=settings.body_timeout,  # for a client that sends all of a refused body before it reads
+            auto_decompress=False,  # a value is stored as it was sent
+        )
+        # aiohttp waits this long twice: for the requests under way, and for those that it then cancels.
+        runner = web.ServerRunner(server, shutdown_timeout=settings.stop_timeout / 2)
+        await runner.setup()
+        try:
+            await web.SockSite(runner, listener).start()
+            yield
+        finally:
+            self._store.stop_waiting()
+            await self._unless_hurried(runner)
+
+    async def _unless_hurried(self, runner: web.ServerRunner) -> None:
+        """Finish the requests under way; told to hurry, leave them to the end of the process."""
+        finishing = asyncio.create_task(runner.cleanup(), name="finish")
+        hurry = asyncio.create_task(self._hurry.wait(), name="hurry")
+        await asyncio.wait([finishing, hurry], return_when=asyncio.FIRST_COMPLETED)
+        for task in (finishing, hurry):
+            task.cancel()
+        await asyncio.wait([finishing, hurry])
+
+
+def _listener(settings: Settings) -> socket.socket:
+    """Return a socket that listens where *settings* say. Raises `SettingsError`, before anything else is opened."""
+    family = socket.AF_INET6 if ":" in settings.listen else socket.AF_INET
+    try:
+        return socket.create_server((settings.listen, settings.port), family=family, backlog=LISTEN_BACKLOG)
+    except OSError as error:
+        raise SettingsError(
+            [f"--listen {settings.listen}, --port {settings.port}: cannot listen there: {error.strerror or error}"]
+        ) from error

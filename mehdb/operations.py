@@ -1,0 +1,246 @@
+"""What an operator does to one node's store: check, back up, restore, rejoin, adopt, drain, accept a loss.
+
+Each works on a data directory, whether a node runs on it or not: one that runs is suspended for the moment in which the
+files change. Nothing is deleted: what is replaced is kept in a folder of its own beside it.
+"""
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import BinaryIO, Final
+
+from mehdb.control import Control, NotRunning
+from mehdb.errors import Damaged, DirectoryInUse, DiskFull, MehdbError, StoreError, StoreFailed
+from mehdb.model import DrainReport, NodePosition, NodeStatus, Role, State
+from mehdb.peers import Peer
+from mehdb.store import (
+    CheckReport,
+    DirectoryLock,
+    Meta,
+    abandon,
+    begin_new_history,
+    check_directory,
+    install,
+    make_snapshot,
+    new_history,
+    read_mark,
+    require_sound,
+    verify_snapshot,
+    write_mark,
+)
+from mehdb.transfer import OnStep, fetch
+
+CHUNK_BYTES: Final = 1 << 20
+READY_TIMEOUT_S: Final = 30.0
+LOOK_EVERY_S: Final = 0.1
+STANDARD: Final = Path("-")  # standard input or output
+
+
+class Refused(MehdbError):
+    """The command would do harm, or nothing. The message says what to do instead."""
+
+    code = "refused"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a check found, and how many acknowledged changes are missing at the end."""
+
+    report: CheckReport
+    missing: int
+
+
+def check(directory: Path, on_step: OnStep) -> Found:
+    """Verify the store in *directory*, live or not. Raises `StoreError` if there is none."""
+    mark = read_mark(directory)  # before the store, which goes on being written
+    report = check_directory(directory, lambda done, total: on_step("check", done, total))
+    position = report.position
+    missing = mark.revision - position.revision if mark and mark.history == position.history else 0
+    return Found(report, max(0, missing))
+
+
+def check_file(path: Path, on_step: OnStep) -> Meta:
+    """Verify the backup at *path*. Raises `StoreError`."""
+    return verify_snapshot(path, lambda done, total: on_step("check", done, total))
+
+
+def backup(directory: Path, path: Path) -> Meta:
+    """Copy the store in *directory*, live or not, to *path* ("-": standard output), whole and durable or not at all."""
+    to_output = path == STANDARD
+    partial = directory / f"store.db.outgoing-{os.getpid()}" if to_output else path.with_name(f"{path.name}.part")
+    try:
+        snapshot = make_snapshot(directory, partial, None)
+        if to_output:
+            with partial.open("rb") as file:
+                _copy(file, sys.stdout.buffer)
+        else:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+    except OSError as error:
+        raise StoreFailed(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return snapshot.meta
+
+
+async def restore(directory: Path, path: Path, *, replace: bool, on_step: OnStep) -> tuple[Meta, Path | None]:
+    """Put the backup at *path* ("-": standard input) into *directory*, in a new history. Return what is there now.
+
+    Also returns where the store is kept that was there. Raises `Refused` if there is one and *replace* is not given.
+    """
+    directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240  nothing else runs here
+    if not replace and holds_data(directory):
+        raise Refused(f"{directory} holds a store: say --replace to keep it aside and restore into its place")
+    status = await status_of(directory)
+    if status and status.role is Role.FOLLOWER:
+        raise Refused(f"{status.node} follows: restore on the leader, then `mehdb rejoin` on each follower")
+    incoming = _incoming(directory)
+    try:
+        if path == STANDARD:
+            await asyncio.to_thread(_copy_to, sys.stdin.buffer, incoming)
+        else:
+            with _opened(path) as file:
+                await asyncio.to_thread(_copy_to, file, incoming)
+        await asyncio.to_thread(verify_snapshot, incoming, lambda done, total: on_step("verify", done, total))
+        await asyncio.to_thread(begin_new_history, incoming, new_history())
+        meta = await asyncio.to_thread(verify_snapshot, incoming)
+        return meta, await _install(directory, incoming, meta, "replaced")
+    finally:
+        incoming.unlink(missing_ok=True)
+
+
+async def take(directory: Path, url: str, keep: str, on_step: OnStep) -> tuple[Meta, Path | None]:
+    """Put the whole store of the node at *url* into *directory*. Return it, and where that is kept which was there."""
+    directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240
+    incoming = _incoming(directory)
+    try:
+        async with Peer(url) as peer:
+            meta = await fetch(peer, incoming, on_step)
+        return meta, await _install(directory, incoming, meta, keep)
+    finally:
+        incoming.unlink(missing_ok=True)
+
+
+async def accept_loss(directory: Path, *, start_empty: bool, on_step: OnStep) -> Path | None:
+    """Have the store in *directory* trusted as it is, without the changes that are missing at its end.
+
+    Where more is broken, *start_empty* sets it aside: returns where. Raises `Refused` without that.
+    """
+    async with _alone(directory):
+        broken = None
+        try:
+            require_sound(directory)
+            raise Refused("nothing is missing: this store can be used as it is")
+        except Damaged as error:
+            broken = str(error)
+        try:
+            found = await asyncio.to_thread(check, directory, on_step)
+            if not found.report.problems:
+                write_mark(directory, found.report.position)
+                return None
+            broken = found.report.problems[0]
+        except StoreError as error:
+            broken = str(error)
+        if not start_empty:
+            raise Refused(
+                f"more is broken than the end ({broken}): restore a backup with `mehdb restore FILE --replace`, or say "
+                "--start-empty to keep what is here aside and begin with nothing"
+            )
+        return abandon(directory)
+
+
+async def drain(directory: Path, wait_s: float) -> DrainReport:
+    """Drain the node that runs on *directory*, and wait until that is done, at most *wait_s*. Raises `NotRunning`."""
+    async with Control(directory) as control:
+        return await control.drain(wait_s)
+
+
+async def status_of(directory: Path) -> NodeStatus | None:
+    """Return what the node on *directory* says of itself; None if none runs there."""
+    try:
+        async with Control(directory) as control:
+            return await control.status()
+    except NotRunning:
+        return None
+
+
+async def position_of(url: str) -> NodePosition:
+    """Return where the node at *url* is. Raises `PeerError`."""
+    async with Peer(url) as peer:
+        return await peer.position()
+
+
+async def until_settled(directory: Path) -> NodeStatus | None:
+    """Return the status of the node on *directory* once it serves, fails or has done neither for long; None without."""
+    end_s = monotonic() + READY_TIMEOUT_S
+    while True:
+        status = await status_of(directory)
+        if status is None or status.state in (State.SERVING, State.FAILED) or monotonic() > end_s:
+            return status
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+def holds_data(directory: Path) -> bool:
+    """Return whether *directory* has a store with changes, or one that cannot be read."""
+    try:
+        return require_sound(directory).head > 0
+    except StoreError:
+        return True
+    except FileNotFoundError:
+        return False
+
+
+async def _install(directory: Path, incoming: Path, meta: Meta, keep: str) -> Path | None:
+    async with _alone(directory):
+        return await asyncio.to_thread(install, directory, incoming, meta, keep)
+
+
+@contextlib.asynccontextmanager
+async def _alone(directory: Path) -> AsyncIterator[None]:
+    """Have the files in *directory* to ourselves: by its lock, or by suspending the node that holds that."""
+    try:
+        lock = DirectoryLock(directory)
+    except DirectoryInUse as error:
+        try:
+            async with Control(directory) as control, control.suspended():
+                yield
+        except NotRunning:
+            raise error from None
+        return
+    except OSError as error:
+        raise StoreFailed(f"{directory} cannot be used: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _incoming(directory: Path) -> Path:
+    return directory / f"store.db.incoming-{os.getpid()}"
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _copy_to(source: BinaryIO, path: Path) -> None:
+    try:
+        with path.open("wb") as target:
+            _copy(source, target)
+    except OSError as error:
+        raise DiskFull(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    while chunk := source.read(CHUNK_BYTES):
+        target.write(chunk)
+    target.flush()

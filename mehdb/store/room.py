@@ -1,0 +1,58 @@
+"""Room on the volume: how much is left, and a little of it held back.
+
+A deletion is a change too, and takes room before it makes any. So sets stop while there is still a reserve, and beside
+it lies a ballast: a file of nothing, given up when the volume is full to the last byte all the same.
+"""
+
+import os
+from pathlib import Path
+from typing import Final
+
+BALLAST_NAME: Final = "ballast"
+BALLAST_BYTES_MAX: Final = 4 << 20  # a few thousand deletions: each dirties a handful of pages
+RESERVE_SHARE: Final = 8  # on a small volume the reserve is at most this part of it
+
+
+class Room:
+    """The volume that holds *directory*, of which *reserve_bytes* are kept free."""
+
+    def __init__(self, directory: Path, reserve_bytes: int) -> None:
+        self._directory = directory
+        self._ballast = directory / BALLAST_NAME
+        self._reserve_bytes = reserve_bytes
+        self._has_ballast = self._ballast.exists()
+
+    def free_bytes(self) -> int:
+        """Return how much may still be written."""
+        volume = os.statvfs(self._directory)
+        return volume.f_bavail * volume.f_frsize
+
+    def reserve_bytes(self) -> int:
+        """Return how much of this volume is kept free."""
+        volume = os.statvfs(self._directory)
+        return min(self._reserve_bytes, volume.f_blocks * volume.f_frsize // RESERVE_SHARE)
+
+    def lacks(self, reusable_bytes: int = 0) -> bool:
+        """Return whether less than the reserve is left. *reusable_bytes* are free inside the database's file."""
+        return self.free_bytes() + reusable_bytes < self.reserve_bytes()
+
+    def take_ballast(self) -> None:
+        """Set the ballast down, if there is plenty of room."""
+        size_bytes = min(BALLAST_BYTES_MAX, self.reserve_bytes() // 4)
+        if self._has_ballast or size_bytes == 0 or self.free_bytes() < self.reserve_bytes() + 2 * size_bytes:
+            return
+        fd = os.open(self._ballast, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.posix_fallocate(fd, 0, size_bytes)
+            self._has_ballast = True
+        except OSError:  # it was plenty a moment ago: without ballast then
+            self._ballast.unlink()
+        finally:
+            os.close(fd)
+
+    def drop_ballast(self) -> bool:
+        """Give the ballast up. Return whether there was one."""
+        had = self._has_ballast
+        self._ballast.unlink(missing_ok=True)
+        self._has_ballast = False
+        return had

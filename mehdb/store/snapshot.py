@@ -1,0 +1,192 @@
+"""Snapshots: a consistent copy of a whole store in one file; made, verified, and put in a store's place.
+
+The invariant it owns (promise 4): what was there is never deleted but replaced by a store that was verified whole, and
+a crash at any point leaves the old one or the new one.
+"""
+
+import hashlib
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import apsw
+
+from mehdb.errors import Damaged, DamagedRow, DiskFull, StoreError
+from mehdb.store import mark
+from mehdb.store.check import OnProgress, check
+from mehdb.store.room import Room
+from mehdb.store.schema import (
+    FILE_NAME,
+    PAGE_SIZE,
+    SHM_NAME,
+    WAL_NAME,
+    Meta,
+    is_damage,
+    open_copy,
+    open_reader,
+    read_meta,
+    refuse_other_schema,
+    sync_directory,
+    sync_file,
+    use_page_checksums,
+)
+
+INCOMING: Final = f"{FILE_NAME}.incoming"  # what arrives, until it is whole and verified
+OUTGOING: Final = f"{FILE_NAME}.outgoing"  # what is sent
+COPY_PAGES: Final = 2000  # pages copied between two looks of other threads: 8 MB, a few milliseconds
+DIGEST: Final = "sha256"
+CHUNK_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A consistent copy of a store at *path*: its state, its size and its SHA-256."""
+
+    path: Path
+    meta: Meta
+    size_bytes: int
+    digest: bytes
+
+
+def make_snapshot(directory: Path, path: Path, room: Room | None) -> Snapshot:
+    """Copy the store in *directory*, live or not, to *path*. It is not synced.
+
+    Raises `DiskFull` if that would leave less than the reserve of *room*, and `DamagedRow`.
+    """
+    path.unlink(missing_ok=True)
+    source = open_reader(directory)
+    try:
+        source.execute("BEGIN")
+        meta = read_meta(source)
+        size_bytes = int(source.pragma("page_count")) * PAGE_SIZE
+        if room and room.free_bytes() < size_bytes + room.reserve_bytes():
+            raise DiskFull(f"a snapshot takes {size_bytes} bytes, for which this node's volume has no room: enlarge it")
+        _copy(source, path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, DIGEST).digest()
+        return Snapshot(path, meta, path.stat().st_size, digest)
+    except apsw.FullError as error:
+        path.unlink(missing_ok=True)
+        raise DiskFull("the volume became full while a snapshot was made") from error
+    except apsw.Error as error:
+        path.unlink(missing_ok=True)
+        if is_damage(error):
+            raise DamagedRow(f"this node's store is damaged, so it cannot be copied whole: {error}") from error
+        raise
+    finally:
+        source.close()
+
+
+def _copy(source: apsw.Connection, path: Path) -> None:
+    # By pages, not with VACUUM INTO: that writes the first page last, from which cksumvfs learns what to do.
+    target = apsw.Connection(str(path))
+    try:
+        target.execute("PRAGMA synchronous = OFF")
+        with target.backup("main", source, "main") as copying:
+            while not copying.done:
+                copying.step(COPY_PAGES)
+        target.execute("PRAGMA journal_mode = DELETE").fetchall()  # so that it is one file, whoever opens it
+    finally:
+        target.close()
+
+
+def verify_snapshot(path: Path, on_progress: OnProgress = lambda _done, _all: None) -> Meta:
+    """Return the state of the store in the one file at *path*, all of which was verified.
+
+    Raises `UnknownSchema`, and `Damaged` saying what is wrong.
+    """
+    if not path.is_file() or path.stat().st_size == 0:
+        raise Damaged(f"{path} is no store: there is nothing in it")
+    use_page_checksums()
+    try:
+        connection = open_copy(path)
+    except apsw.Error as error:
+        raise Damaged(f"{path} cannot be opened: {error}") from error
+    try:
+        refuse_other_schema(connection, path)
+        if not connection.pragma("checksum_verification"):
+            raise Damaged(f"{path} has no page checksums")
+        report = check(connection, on_progress)
+        if report.problems:
+            raise Damaged(f"{path} is damaged: {report.problems[0]}")
+        return read_meta(connection)
+    except apsw.Error as error:
+        raise Damaged(f"{path} is damaged: {error}") from error
+    finally:
+        connection.close()
+
+
+def keep_copy(directory: Path, reason: str) -> Path | None:
+    """Keep the store in *directory* in a folder called after *reason* and the date. Return it; None without a store.
+
+    The copy is a store directory of its own, made of links: it takes no room until the store itself is replaced.
+    """
+    names = [name for name in (WAL_NAME, FILE_NAME, mark.FILE_NAME) if (directory / name).exists()]
+    if not names:
+        return None
+    kept = directory / f"{reason}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+    kept.mkdir()
+    for name in names:
+        if name == mark.FILE_NAME:  # its file goes on being written
+            (kept / name).write_bytes((directory / name).read_bytes())
+            sync_file(kept / name)
+        else:
+            os.link(directory / name, kept / name)
+    sync_directory(kept)
+    sync_directory(directory)
+    return kept
+
+
+def install(directory: Path, incoming: Path, meta: Meta, keep: str | None) -> Path | None:
+    """Put the verified store at *incoming*, whose state is *meta*, in place of the one in *directory*, which is closed.
+
+    What was there is kept under the name *keep* first, where that is given or where it could not be closed cleanly.
+    Returns where. A crash leaves the old store or the new one, or the old one in a way that shows its damage.
+    """
+    sync_file(incoming)
+    wal = directory / WAL_NAME
+    left_open = wal.exists() and wal.stat().st_size > 0
+    kept = keep_copy(directory, keep or "replaced") if keep or left_open else None
+    # A WAL must never meet a database that it is not of.
+    for name in (WAL_NAME, SHM_NAME):
+        (directory / name).unlink(missing_ok=True)
+    sync_directory(directory)
+    incoming.replace(directory / FILE_NAME)
+    sync_directory(directory)
+    mark.write_mark(directory, meta.position)
+    sync_directory(directory)
+    return kept
+
+
+def abandon(directory: Path) -> Path | None:
+    """Leave *directory* without a store, as if it never had one. Return where that is kept which was there."""
+    kept = keep_copy(directory, "abandoned")
+    # The mark last: until it goes, it shows that there was a store.
+    for name in (WAL_NAME, SHM_NAME, FILE_NAME, mark.FILE_NAME):
+        (directory / name).unlink(missing_ok=True)
+        sync_directory(directory)
+    return kept
+
+
+def begin_new_history(path: Path, history: str) -> None:
+    """Give the store in the one file at *path* another history, so that nobody takes it for a place in its old one."""
+    use_page_checksums()
+    connection = apsw.Connection(str(path))
+    try:
+        connection.execute("PRAGMA synchronous = FULL; PRAGMA journal_mode = DELETE").fetchall()
+        connection.execute("UPDATE meta SET history = ?", (history,))
+    except apsw.Error as error:
+        raise StoreError(f"{path} cannot be changed: {error}") from error
+    finally:
+        connection.close()
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a process that was killed has left half made. No store is among it."""
+    for name in (INCOMING, OUTGOING, f"{FILE_NAME}.new"):
+        for path in directory.glob(f"{name}*"):
+            with suppress(OSError):
+                path.unlink()
