@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
-from mehdb.errors import Compacted, Damaged, DiskFull, Diverged, PeerAbsent, PeerError, ReadOnly
+from mehdb.errors import Compacted, Damaged, DamagedRow, DiskFull, Diverged, NotNow, PeerAbsent, PeerError
 from mehdb.model import ORIGIN, Epoch, History, NodePosition, Revision, State
 from mehdb.peers import Peer
 from mehdb.roles import Leadership
@@ -207,7 +207,7 @@ class Leader:
             try:
                 if await self._carry_out(decision):
                     return
-            except (PeerError, Compacted, DiskFull, ReadOnly) as error:
+            except (PeerError, Compacted, DiskFull, DamagedRow, NotNow) as error:
                 self.problem = f"{error.code}: {error}"
             if self.problem and self.problem != said:
                 log.warning('not leading yet state=%s reason="%s"', self.state, self.problem)

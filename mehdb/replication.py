@@ -15,7 +15,17 @@ import random
 from time import monotonic
 from typing import Final
 
-from mehdb.errors import Compacted, Damaged, DiskFull, Diverged, MehdbError, PeerError, ReadOnly
+from mehdb.errors import (
+    Compacted,
+    Damaged,
+    DamagedRow,
+    DiskFull,
+    Diverged,
+    MehdbError,
+    NotNow,
+    PeerError,
+    StaleEpoch,
+)
 from mehdb.model import LeaderStatus, Page, Position, Revision, State
 from mehdb.peers import Peer, Pull
 from mehdb.store import Store
@@ -88,7 +98,7 @@ class Follower:
             progress = self._progress
             try:
                 await self._follow()
-            except (PeerError, Diverged, Compacted, DiskFull, ReadOnly) as error:
+            except (PeerError, Diverged, Compacted, DiskFull, DamagedRow, NotNow) as error:
                 self._note_failure(error)
             delay_s = BACKOFF_LEAST_S if self._progress != progress else delay_s
             await asyncio.sleep(delay_s * random.uniform(0.5, 1))  # noqa: S311  no secret
@@ -99,6 +109,7 @@ class Follower:
         """Ask, apply, ask again, until something fails."""
         if self._damaged:
             await self._take_snapshot()
+        await self._heal_if_damaged()
         pull = await self._pull_or_snapshot()
         while True:
             if pull.page is not None and pull.page.end.revision < pull.head:
@@ -138,6 +149,8 @@ class Follower:
         own = store.meta  # of a store that cannot be opened, nothing is known
         if own.head and (meta.history != own.history or meta.head < own.head):
             raise Diverged(f"the leader's snapshot is of {meta.history} at {meta.head}, no later state of this store")
+        if meta.history == own.history and meta.epoch < own.epoch:
+            raise StaleEpoch(f"the snapshot is of epoch {meta.epoch}, which is over: {own.epoch} has been seen")
         damaged = self._damaged or store.damage
         kept = await store.replace(store.incoming, meta, "damaged" if damaged else None)
         self._damaged, self._pages_only = None, False

@@ -24,7 +24,7 @@ from mehdb.errors import MalformedRequest, MehdbError, MethodNotAllowed, RouteNo
 from mehdb.metrics import Metrics
 from mehdb.model import State
 from mehdb.settings import Settings
-from mehdb.store import Store
+from mehdb.store import Meta, Store
 
 log = logging.getLogger("mehdb.api")
 
@@ -62,7 +62,7 @@ class Api:
         self._store = store
         self._metrics = metrics
         self._node_headers = f"Server: mehdb/{__version__}\r\nMehdb-Node: {node.name}\r\nMehdb-Role: {node.role}\r\n"
-        self._common = _Common(None, None, 0, 0, "")
+        self._common = NOTHING_SHOWN
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer *request*. Never raises but for a client that has gone."""
@@ -123,6 +123,8 @@ class Api:
         shown = self._common
         if meta is shown.meta and state is shown.state and now == shown.now and revision <= shown.revision:
             return shown.lines
+        if shown.meta is None or meta.history != shown.meta.history or meta.head < shown.meta.head:
+            shown = NOTHING_SHOWN  # another store has taken its place
         revision = max(meta.head, revision, shown.revision)
         history = f"Mehdb-History: {meta.history}\r\n" if meta.history else ""
         lines = (
@@ -136,8 +138,11 @@ class Api:
 class _Common(NamedTuple):
     """The headers that all answers share until one of these changes, and what they were made of."""
 
-    meta: object
+    meta: Meta | None
     state: State | None
     now: int
     revision: int
     lines: str
+
+
+NOTHING_SHOWN: Final = _Common(None, None, 0, 0, "")

@@ -1,6 +1,7 @@
 """The store: one SQLite database on this node's volume, and the only code that opens it.
 
     store.py    `Store`: what the rest of mehdb sees, on the event loop
+    session.py  its open files, from one opening to the next closing
     writer.py   the one thread that writes: queue, group commit, checkpoints
     log.py      what a batch or a page does to the tables, inside a transaction
     reader.py   point reads and scans on read-only connections
@@ -21,6 +22,7 @@ from mehdb.store.lock import DirectoryLock, lock_holder
 from mehdb.store.log import Write
 from mehdb.store.mark import read_mark, write_mark
 from mehdb.store.schema import Meta, new_history, require_sound
+from mehdb.store.session import StoreOptions
 from mehdb.store.snapshot import (
     Snapshot,
     abandon,
@@ -30,7 +32,7 @@ from mehdb.store.snapshot import (
     make_snapshot,
     verify_snapshot,
 )
-from mehdb.store.store import Store, StoreOptions
+from mehdb.store.store import Store
 
 __all__ = [
     "CheckReport", "DirectoryLock", "Meta", "OnProgress", "Snapshot", "Store", "StoreOptions", "Write", "abandon",

@@ -60,7 +60,9 @@ class Reader:
         except (apsw.Error, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
-            raise DamagedRow("the key's change cannot be read from this node's disk: read another node") from error
+            raise DamagedRow(
+                f"the key {_shown(key)} cannot be read from this node's disk, as a page is damaged: read another node"
+            ) from error
         if not rows:
             return None
         columns: tuple[Any, ...] = rows[0]
@@ -69,7 +71,10 @@ class Reader:
             raise LargeValue
         change = Change(revision, stored_key, value, content_type, expires_at)
         if change.key != key or change.value is None or crc(change) != expected_crc:
-            raise _damaged(change.revision)
+            raise DamagedRow(
+                f"the change of revision {revision}, of the key {_shown(key)}, is damaged on this node's disk: read "
+                "another node"
+            )
         return change
 
     def keys(self, prefix: bytes, after: bytes, limit: int) -> list[bytes]:
@@ -127,6 +132,10 @@ class Reader:
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+
+def _shown(key: bytes) -> str:
+    return repr(key.decode(errors="backslashreplace"))
 
 
 def _damaged(revision: int) -> DamagedRow:

@@ -5,19 +5,13 @@ It outlives the files: they are opened, closed while another store takes their p
 
 import asyncio
 import contextlib
-import errno
-import threading
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from typing import Final, Self, TypeVar
-
-import apsw
+from typing import Any, Final, Self, TypeVar
 
 from mehdb.errors import (
     Compacted,
-    Damaged,
     DamagedRow,
     DiskFull,
     Diverged,
@@ -27,43 +21,22 @@ from mehdb.errors import (
     StoreAway,
     StoreFailed,
 )
-from mehdb.model import (
-    GENESIS,
-    ORIGIN,
-    PAGE_BYTES,
-    VALUE_BYTES_LIMIT,
-    Chain,
-    Change,
-    Epoch,
-    History,
-    Page,
-    Position,
-    Revision,
-)
+from mehdb.model import GENESIS, ORIGIN, PAGE_BYTES, Chain, Change, Epoch, History, Page, Position, Revision
 from mehdb.store.check import CheckReport, check_directory
 from mehdb.store.lock import DirectoryLock
-from mehdb.store.log import Log, Write
-from mehdb.store.mark import AcknowledgedMark
-from mehdb.store.reader import LargeValue, Reader
+from mehdb.store.log import Write
+from mehdb.store.reader import Reader
 from mehdb.store.room import Room
-from mehdb.store.schema import Meta, is_damage, new_history, open_reader, open_writer, sync_directory, verify_opened
+from mehdb.store.schema import Meta, new_history, sync_directory
+from mehdb.store.session import Session, StoreOptions
 from mehdb.store.snapshot import INCOMING, OUTGOING, Snapshot, install, make_snapshot, remove_leftovers, verify_snapshot
 from mehdb.store.writer import Writer
 
 T = TypeVar("T")
 
-SCAN_THREADS: Final = 4  # scans are short and share one interpreter: enough that one slow listing stops no follower
-SMALL_VALUE_BYTES: Final = 64 << 10  # 16 pages of the file: still quick if none of them is in the kernel's cache
+log = logging.getLogger("mehdb.store")
+
 EMPTY: Final = Meta(None, Epoch(0), ORIGIN, GENESIS, ORIGIN, 0)
-
-
-@dataclass(frozen=True)
-class StoreOptions:
-    """How much may wait to be written, how much room is kept free, and how many changes are retained."""
-
-    queue_bytes_max: int = 64 << 20
-    disk_reserve_bytes: int = 64 << 20
-    retain_changes: int = 100_000
 
 
 class Store:
@@ -81,17 +54,12 @@ class Store:
         self._options = options or StoreOptions()
         self._room = Room(directory, self._options.disk_reserve_bytes)
         self._lock: DirectoryLock | None = None
+        self._session: Session | None = None
+        self._meta = EMPTY  # while there is no session
+        self._commits = 0  # of the sessions before
         self._advanced = asyncio.Event()  # set, and replaced, after each commit
         self._interrupts = 0
         self._closing = False
-        self._meta = EMPTY  # while there is no writer
-        self._commits = 0  # of the writers before
-        self._writer: Writer | None = None
-        self._point_reader: Reader | None = None  # None: the files are not open
-        self._pinned: Meta | None = None  # the state that point reads share a snapshot of
-        self._scanners: list[Reader] = []
-        self._scanner = threading.local()
-        self._pool: ThreadPoolExecutor | None = None
 
     @classmethod
     async def open(cls, directory: Path, options: StoreOptions | None = None) -> Self:
@@ -129,56 +97,14 @@ class Store:
     def _open_files(self) -> None:
         """Open what there is: for writing, or for reading alone where the volume allows no more."""
         assert self._lock is not None, "the directory is ours first"  # noqa: S101  our own invariant
-        try:
-            if self._lock.read_only:
-                self._open_for_reading()
-            else:
-                self._open_for_writing()
-        except apsw.FullError as error:
-            raise _no_room_to_open(self.directory) from error
-        except apsw.Error as error:
-            if is_damage(error):
-                raise Damaged(f"{self.directory} cannot be read: {error}") from error
-            raise StoreFailed(f"{self.directory} cannot be opened: {error}") from error
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _no_room_to_open(self.directory) from error
-            raise StoreFailed(f"{self.directory} cannot be opened: {error}") from error
-        self.damage = None
-        self._pool = ThreadPoolExecutor(SCAN_THREADS, "mehdb-scan")
+        self._meta, self.damage = EMPTY, None
+        if self._lock.read_only:
+            self._session = Session.open_for_reading(self.directory)
+        else:
+            self._session = Session.open_for_writing(
+                self.directory, self._options, self._room, on_commit=self._wake, failure=self.failure
+            )
         self._wake()
-
-    def _open_for_reading(self) -> None:
-        connection = open_reader(self.directory)
-        try:
-            self._meta = verify_opened(connection, self.directory)
-        finally:
-            connection.close()
-        self._point_reader = Reader(self.directory)
-
-    def _open_for_writing(self) -> None:
-        try:
-            connection = open_writer(self.directory)
-        except (apsw.FullError, OSError):
-            if not self._room.drop_ballast():
-                raise
-            connection = open_writer(self.directory)
-        mark = None
-        try:
-            log = Log(connection, self._options.retain_changes)
-            mark = AcknowledgedMark.open(self.directory)
-            mark.move(log.meta.position)
-            self._room.take_ballast()
-            self._point_reader = Reader(self.directory)
-        except BaseException:
-            connection.close()
-            if mark:
-                mark.close()
-            raise
-        self._writer = Writer(
-            connection, log, mark, self._room,
-            queue_bytes_max=self._options.queue_bytes_max, on_commit=self._wake, failure=self.failure,
-        )  # fmt: skip
 
     async def close(self) -> None:
         """Finish the queued writes, checkpoint, and let the directory go."""
@@ -189,21 +115,12 @@ class Store:
             self._lock = None
 
     async def _close_files(self) -> None:
-        if self._point_reader is None or self._pool is None:
-            return
-        # The readers first: a snapshot that one of them holds would keep the last checkpoint from emptying the WAL.
-        self._unpin()
-        point_reader, self._point_reader = self._point_reader, None
-        point_reader.close()
-        await asyncio.to_thread(self._pool.shutdown)
-        for reader in self._scanners:
-            reader.close()
-        self._scanners, self._scanner = [], threading.local()
-        if self._writer:
-            await self._writer.close()
-            self._meta = self._writer.meta
-            self._commits += self._writer.commits
-            self._writer = None
+        session, self._session = self._session, None
+        if session:
+            self._meta = session.meta
+            await session.close()
+            self._meta = session.meta
+            self._commits += session.writer.commits if session.writer else 0
 
     @contextlib.asynccontextmanager
     async def suspended(self) -> AsyncIterator[None]:
@@ -212,9 +129,8 @@ class Store:
         Reads and writes meanwhile raise `StoreAway`. Raises what `start` does when they are opened again; they are not
         if the block fails, as nobody knows then what is there.
         """
-        await self._close_files()
+        await _whole(self._close_files())
         yield
-        self._meta = EMPTY
         self._open_files()
 
     async def replace(
@@ -224,6 +140,9 @@ class Store:
 
         Raises `Diverged`, and replaces nothing, if a write has moved the head from *only_at*.
         """
+        return await _whole(self._replace(incoming, meta, keep, only_at))
+
+    async def _replace(self, incoming: Path, meta: Meta, keep: str | None, only_at: Revision | None) -> Path | None:
         await self._close_files()
         try:
             if only_at not in (None, self._meta.head):
@@ -232,7 +151,6 @@ class Store:
         except OSError as error:
             raise DiskFull(f"{incoming} cannot be installed: {error.strerror}") from error
         finally:
-            self._meta = EMPTY
             self._open_files()
 
     # What is known without a read. All of it is durable.
@@ -240,17 +158,17 @@ class Store:
     @property
     def is_open(self) -> bool:
         """Whether reads are answered."""
-        return self._point_reader is not None
+        return self._session is not None
 
     @property
     def read_only(self) -> bool:
         """Whether the volume allows reads alone."""
-        return self.is_open and self._writer is None
+        return self._session is not None and self._session.writer is None
 
     @property
     def meta(self) -> Meta:
         """History, epoch, head, chain, floor and number of keys, of one moment."""
-        return self._writer.meta if self._writer else self._meta
+        return self._session.meta if self._session else self._meta
 
     @property
     def head(self) -> Revision:
@@ -277,6 +195,14 @@ class Store:
         """Whether the volume had less than the reserve left when last looked at: sets are refused."""
         return self._writer is not None and self._writer.short_of_room
 
+    @property
+    def _writer(self) -> Writer | None:
+        return self._session.writer if self._session else None
+
+    def vanished(self) -> bool:
+        """Return whether the store's file was deleted or replaced behind this process's back."""
+        return self._session is not None and self._session.vanished()
+
     def free_bytes(self) -> int:
         """Return how much room the volume has."""
         return self._room.free_bytes()
@@ -290,6 +216,8 @@ class Store:
         `DamagedRow`, `StoreFailed` and `Stopping`.
         """
         outcome = await self._open_writer().write(write)
+        if isinstance(outcome, DamagedRow):
+            self._note_damage(outcome)
         if isinstance(outcome, MehdbError):
             raise outcome
         return outcome
@@ -299,7 +227,11 @@ class Store:
 
         Raises `StaleEpoch`, `Diverged`, `PeerAnswerInvalid`, `DiskFull` and `StoreFailed`.
         """
-        await self._open_writer().run(lambda log: log.apply(page))
+        try:
+            await self._open_writer().run(lambda log: log.apply(page))
+        except DamagedRow as error:
+            self._note_damage(error)
+            raise
 
     async def adopt(self, history: History, epoch: Epoch) -> None:
         """Take *history* into an empty store, and *epoch* into any. Raises `StaleEpoch` and `Diverged`."""
@@ -315,7 +247,7 @@ class Store:
             await self._writer.run(lambda _log: None)
 
     def _open_writer(self) -> Writer:
-        if self._writer is None or not self.is_open:
+        if self._writer is None:
             if self.read_only:
                 raise ReadOnly("the volume can only be read, nothing was written: see to the disk")
             if self._closing:
@@ -326,17 +258,11 @@ class Store:
     # Reads.
 
     async def get(self, key: bytes) -> Change | None:
-        """Return the change that *key* is live with, None if it is not live. Raises `DamagedRow` and `StoreAway`.
-
-        A small value is read on the event loop, which takes microseconds, a large one in a thread.
-        """
-        if self._point_reader is None:
+        """Return the change that *key* is live with, None if it is not live. Raises `DamagedRow` and `StoreAway`."""
+        if self._session is None:
             raise _away()
         try:
-            self._pin(self._point_reader)
-            return self._point_reader.get(key, SMALL_VALUE_BYTES)
-        except LargeValue:
-            return await self._scan(lambda reader: reader.get(key, VALUE_BYTES_LIMIT))
+            return await self._session.get(key)
         except DamagedRow as error:
             self._note_damage(error)
             raise
@@ -389,7 +315,7 @@ class Store:
 
     async def snapshot(self) -> Snapshot:
         """Make a snapshot, which the caller removes. One at a time. Raises `DiskFull`, `DamagedRow` and `StoreAway`."""
-        if self._point_reader is None:
+        if self._session is None:
             raise _away()
         try:
             return await asyncio.to_thread(make_snapshot, self.directory, self.directory / OUTGOING, self._room)
@@ -408,55 +334,38 @@ class Store:
 
     async def _scan(self, read: Callable[[Reader], T]) -> T:
         """Run *read* in a thread that has a reader of its own."""
-        if self._pool is None or self._point_reader is None:
+        if self._session is None:
             raise _away()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: read(self._scanner_here()))
+            return await self._session.scan(read)
         except DamagedRow as error:
             self._note_damage(error)
             raise
 
     def _note_damage(self, error: DamagedRow) -> None:
-        self.damage = self.damage or error
-
-    def _scanner_here(self) -> Reader:
-        """Return this thread's reader, opened by its first scan."""
-        # Not in the pool's initializer: one that fails, for want of a file descriptor, ends the pool for good.
-        reader: Reader | None = getattr(self._scanner, "reader", None)
-        if reader is None:
-            reader = self._scanner.reader = Reader(self.directory)
-            self._scanners.append(reader)
-        return reader
-
-    def _pin(self, reader: Reader) -> None:
-        """Have point reads share one snapshot, until the next commit or while a checkpoint is due.
-
-        It is begun after `meta` was read, so that it is at that head or beyond.
-        """
-        meta = self.meta
-        if meta is not self._pinned:
-            self._unpin()
-            if self._writer is None or not self._writer.checkpoint_due:
-                reader.begin()
-                self._pinned = meta
-
-    def _unpin(self) -> None:
-        if self._pinned is not None and self._point_reader is not None:
-            self._pinned = None
-            self._point_reader.end()
+        if self.damage is None:
+            self.damage = error
+            log.error('damaged reason="%s"', error)
 
     def _wake(self) -> None:
-        self._unpin()  # though nobody may read for a long time: a snapshot that is held lets the WAL grow
+        if self._session:
+            self._session.unpin()  # though nobody may read for a long time: a snapshot that is held lets the WAL grow
         self._advanced.set()
         self._advanced = asyncio.Event()
 
 
+async def _whole(work: Coroutine[Any, Any, T]) -> T:
+    """Return what *work* returns. Whoever is cancelled meanwhile waits for its end: half of it would leave no store."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
 def _away() -> StoreAway:
     return StoreAway("the store is not open just now: try again in a moment, or read another node")
-
-
-def _no_room_to_open(directory: Path) -> DiskFull:
-    return DiskFull(f"the volume of {directory} is full, the store in it cannot be opened: make room or enlarge it")
 
 
 def _page_after(reader: Reader, position: Position, meta: Meta) -> Page | None:

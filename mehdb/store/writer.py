@@ -6,6 +6,7 @@ one that failed proves nothing (Rebello et al., "Can Applications Recover from f
 """
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
@@ -21,6 +22,8 @@ from mehdb.store.room import Room
 from mehdb.store.schema import is_damage
 
 T = TypeVar("T")
+
+log = logging.getLogger("mehdb.store")
 
 BATCH_WRITES_MAX: Final = 1000  # amortises the sync; a commit of so many still takes only a few milliseconds
 BATCH_BYTES_MAX: Final = 4 << 20  # keeps a batch of large values short as well
@@ -44,7 +47,7 @@ class Writer:
     def __init__(
         self,
         connection: apsw.Connection,
-        log: Log,
+        changes: Log,
         mark: AcknowledgedMark,
         room: Room,
         *,
@@ -52,7 +55,7 @@ class Writer:
         on_commit: Callable[[], None],
         failure: "asyncio.Future[StoreFailed]",
     ) -> None:
-        """Start the thread, which owns *connection*, *log* and *mark* from here on.
+        """Start the thread, which owns *connection*, *changes* and *mark* from here on.
 
         *on_commit* is called on the loop after a commit; *failure* is done when nothing can be written any more.
         """
@@ -62,15 +65,15 @@ class Writer:
         self._on_commit = on_commit
         self._loop = asyncio.get_running_loop()
         self._connection = connection
-        self._log = log
+        self._log = changes
         self._mark = mark
         self._room = room
-        self.meta = log.meta  # what is durable: the thread replaces it after each COMMIT
+        self.meta = changes.meta  # what is durable: the thread replaces it after each COMMIT
         self.short_of_room = False  # as of the last batch
         self._failed: StoreFailed | None = None
         self._closing = False
         self._wal_pages = 0
-        self._squeeze_at_s, self._squeeze_head = 0.0, log.meta.head
+        self._squeeze_at_s, self._squeeze_head = 0.0, changes.meta.head
         connection.set_wal_hook(self._note_wal_pages)
         self._queue: SimpleQueue[_Job] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mehdb-writer", daemon=True)
@@ -218,8 +221,13 @@ class Writer:
     def _look_for_room(self) -> None:
         """Find out whether the volume is short of room; if so, let go of what the window retains."""
         try:
-            self.short_of_room = self._room.lacks() and self._room.lacks(self._log.reusable_bytes())
-            if not self.short_of_room:
+            short = self._room.lacks() and self._room.lacks(self._log.reusable_bytes())
+            if short != self.short_of_room:
+                self.short_of_room = short
+                log.warning(
+                    "volume %s free_bytes=%d", "short of room" if short else "has room", self._room.free_bytes()
+                )
+            if not short:
                 self._room.take_ballast()
         except (OSError, apsw.Error):
             return  # what cannot be asked is no reason to fail: the write itself will say

@@ -1,0 +1,196 @@
+"""The open files of a store, from one opening to the next closing: a writer, a reader for points, readers for scans.
+
+Where the volume can only be read there is no writer.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self, TypeVar
+
+import apsw
+
+from mehdb.errors import Damaged, DiskFull, StoreFailed
+from mehdb.model import VALUE_BYTES_LIMIT, Change
+from mehdb.store.log import Log
+from mehdb.store.mark import AcknowledgedMark
+from mehdb.store.reader import LargeValue, Reader
+from mehdb.store.room import Room
+from mehdb.store.schema import FILE_NAME, Meta, is_damage, open_reader, open_writer, verify_opened
+from mehdb.store.writer import Writer
+
+T = TypeVar("T")
+
+SCAN_THREADS: Final = 4  # scans are short and share one interpreter: enough that one slow listing stops no follower
+SMALL_VALUE_BYTES: Final = 64 << 10  # 16 pages of the file: still quick if none of them is in the kernel's cache
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """How much may wait to be written, how much room is kept free, and how many changes are retained."""
+
+    queue_bytes_max: int = 64 << 20
+    disk_reserve_bytes: int = 64 << 20
+    retain_changes: int = 100_000
+
+
+class Session:
+    """Open files. All methods belong to one event loop. *writer* is None where *meta* can only be read."""
+
+    def __init__(self, directory: Path, writer: Writer | None, meta: Meta, point_reader: Reader) -> None:
+        self.writer = writer
+        self._meta = meta
+        self._path = directory / FILE_NAME
+        self._file = _identity(self._path)
+        self._directory = directory
+        self._point_reader = point_reader
+        self._pinned: Meta | None = None  # the state that point reads share a snapshot of
+        self._scanners: list[Reader] = []
+        self._scanner = threading.local()
+        self._pool = ThreadPoolExecutor(SCAN_THREADS, "mehdb-scan")
+
+    @classmethod
+    def open_for_reading(cls, directory: Path) -> Self:
+        """Open the store in *directory*, on a volume that allows no more. Raises what `open_for_writing` does."""
+        with _failures(directory):
+            connection = open_reader(directory)
+            try:
+                meta = verify_opened(connection, directory)
+            finally:
+                connection.close()
+            return cls(directory, None, meta, Reader(directory))
+
+    @classmethod
+    def open_for_writing(
+        cls,
+        directory: Path,
+        options: StoreOptions,
+        room: Room,
+        *,
+        on_commit: Callable[[], None],
+        failure: "asyncio.Future[StoreFailed]",
+    ) -> Self:
+        """Open or create the store in *directory*.
+
+        Raises `UnsafeSqlite`, `UnknownSchema`, `Damaged`, `DiskFull` and `StoreFailed`.
+        """
+        with _failures(directory):
+            try:
+                connection = open_writer(directory)
+            except (apsw.FullError, OSError):
+                if not room.drop_ballast():
+                    raise
+                connection = open_writer(directory)
+            mark = None
+            try:
+                log = Log(connection, options.retain_changes)
+                mark = AcknowledgedMark.open(directory)
+                mark.move(log.meta.position)
+                room.take_ballast()
+                point_reader = Reader(directory)
+            except BaseException:
+                connection.close()
+                if mark:
+                    mark.close()
+                raise
+        writer = Writer(
+            connection, log, mark, room,
+            queue_bytes_max=options.queue_bytes_max, on_commit=on_commit, failure=failure,
+        )  # fmt: skip
+        return cls(directory, writer, log.meta, point_reader)
+
+    async def close(self) -> None:
+        """Finish the queued writes, checkpoint, close the files."""
+        # The readers first: a snapshot that one of them holds would keep the last checkpoint from emptying the WAL.
+        await asyncio.to_thread(self._pool.shutdown)
+        self.unpin()
+        for reader in (self._point_reader, *self._scanners):
+            reader.close()
+        if self.writer:
+            await self.writer.close()
+
+    @property
+    def meta(self) -> Meta:
+        """What is durable."""
+        return self.writer.meta if self.writer else self._meta
+
+    def vanished(self) -> bool:
+        """Return whether the file has been deleted or replaced behind this process's back."""
+        return _identity(self._path) != self._file
+
+    async def get(self, key: bytes) -> Change | None:
+        """Return the change that *key* is live with, None if it is not live. Raises `DamagedRow`.
+
+        A small value is read on the event loop, which takes microseconds, a large one in a thread.
+        """
+        self._pin()
+        try:
+            return self._point_reader.get(key, SMALL_VALUE_BYTES)
+        except LargeValue:
+            return await self.scan(lambda reader: reader.get(key, VALUE_BYTES_LIMIT))
+
+    async def scan(self, read: Callable[[Reader], T]) -> T:
+        """Run *read* in a thread that has a reader of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: read(self._scanner_here()))
+
+    def _scanner_here(self) -> Reader:
+        """Return this thread's reader, opened by its first scan."""
+        # Not in the pool's initializer: one that fails, for want of a file descriptor, ends the pool for good.
+        reader: Reader | None = getattr(self._scanner, "reader", None)
+        if reader is None:
+            reader = self._scanner.reader = Reader(self._directory)
+            self._scanners.append(reader)
+        return reader
+
+    def _pin(self) -> None:
+        """Have point reads share one snapshot, until the next commit or while a checkpoint is due.
+
+        It is begun after `meta` was read, so that it is at that head or beyond.
+        """
+        meta = self.meta
+        if meta is not self._pinned:
+            self.unpin()
+            if self.writer is None or not self.writer.checkpoint_due:
+                self._point_reader.begin()
+                self._pinned = meta
+
+    def unpin(self) -> None:
+        """Let go of the snapshot: while it is held, SQLite cannot use the WAL again from its start."""
+        if self._pinned is not None:
+            self._pinned = None
+            self._point_reader.end()
+
+
+@contextlib.contextmanager
+def _failures(directory: Path) -> Iterator[None]:
+    """Say of what opening a store may end in whether it can be mended, may pass, or neither."""
+    try:
+        yield
+    except apsw.FullError as error:
+        raise _no_room(directory) from error
+    except apsw.Error as error:
+        if is_damage(error):
+            raise Damaged(f"{directory} cannot be read: {error}") from error
+        raise StoreFailed(f"{directory} cannot be opened: {error}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_room(directory) from error
+        raise StoreFailed(f"{directory} cannot be opened: {error}") from error
+
+
+def _no_room(directory: Path) -> DiskFull:
+    return DiskFull(f"the volume of {directory} is full, the store in it cannot be opened: make room or enlarge it")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116  a Path is not quicker
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
