@@ -119,11 +119,12 @@ def check(
     file: Annotated[Path | None, typer.Argument(help="A backup to verify, in place of a data directory.")] = None,
 ) -> None:
     """Verify every change, index and checksum of a store, live or not, or of a backup."""
-    with _progress() as on_step:
-        if file is not None:
+    if file is not None:
+        with _progress() as on_step:
             meta = operations.check_file(file, on_step)
-            typer.echo(f"{file}: sound, history {meta.history}, revision {meta.head}, {meta.keys} keys")
-            return
+        typer.echo(f"{file}: sound, history {meta.history}, revision {meta.head}, {meta.keys} keys")
+        return
+    with _progress() as on_step:
         found = operations.check(data_dir, on_step)
     report = found.report
     for problem in report.problems:
@@ -215,7 +216,7 @@ def accept_loss(
     yes: Yes = False,
 ) -> None:
     """Have a node start whose store lacks acknowledged changes that are nowhere else."""
-    _confirm(f"What is missing in {data_dir} will be given up.", yes=yes)
+    _confirm(f"{operations.loss(data_dir)}. It will be given up.", yes=yes)
     with _progress() as on_step:
         kept = asyncio.run(operations.accept_loss(data_dir, start_empty=start_empty, on_step=on_step))
     _report(data_dir, "accepted: the store begins empty" if kept else "accepted: the store is trusted as it is", kept)

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from mehdb import control
 from mehdb.api import Api, ApiServer, ControlApi
-from mehdb.errors import Damaged, DiskFull, MehdbError, SettingsError
+from mehdb.errors import Damaged, DiskFull, MehdbError, SettingsError, StoreFailed
 from mehdb.metrics import Metrics
 from mehdb.model import DrainReport, NodeStatus
 from mehdb.node import OPENING, Node
@@ -26,6 +26,7 @@ from mehdb.store import Store, StoreOptions
 log = logging.getLogger("mehdb.life")
 
 LISTEN_BACKLOG: Final = 1024  # connections that the kernel holds while the loop is busy
+WATCH_EVERY_S: Final = 1.0
 OPEN_EVERY_S: Final = 1.0  # how often a store is tried that had no room to be opened
 
 
@@ -82,6 +83,7 @@ class Life:
     async def _supervise(self) -> None:
         """Return when the node has stopped and left. Raises what a part of it ended with: none may end by itself."""
         leaving = asyncio.create_task(self._leave(), name="leave")
+        watching = asyncio.create_task(self._watch(), name="watch")
         playing = asyncio.create_task(self._play(), name=self._node.role)
         try:
             parts: list[asyncio.Future[Any]] = [leaving, playing, self._store.failure]
@@ -90,11 +92,20 @@ class Life:
                 playing.result()
                 raise MehdbError(f"the {self._node.role}'s loop ended by itself: this is a bug")
         finally:
-            for task in (leaving, playing):
+            for task in (leaving, playing, watching):
                 task.cancel()
-            await asyncio.wait([leaving, playing])
+            await asyncio.wait([leaving, playing, watching])
         if self._store.failure.done():
             raise self._store.failure.result()
+
+    async def _watch(self) -> None:
+        """Fail when the volume has gone from under this node: a deleted file takes writes, but keeps none."""
+        while not self._store.failure.done():
+            await asyncio.sleep(WATCH_EVERY_S)
+            if self._store.vanished():
+                self._store.failure.set_result(
+                    StoreFailed(f"the store in {self._settings.data_dir} was deleted or replaced while it was open")
+                )
 
     async def _leave(self) -> None:
         """When told to stop: drain, and go on answering until nobody asks any more. Told again: at once."""

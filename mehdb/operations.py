@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -30,6 +30,7 @@ from mehdb.store import (
     new_history,
     read_mark,
     require_sound,
+    sync_directory,
     verify_snapshot,
     write_mark,
 )
@@ -57,8 +58,9 @@ class Found:
 
 def check(directory: Path, on_step: OnStep) -> Found:
     """Verify the store in *directory*, live or not. Raises `StoreError` if there is none."""
-    mark = read_mark(directory)  # before the store, which goes on being written
-    report = check_directory(directory, lambda done, total: on_step("check", done, total))
+    with _usable(directory):
+        mark = read_mark(directory)  # before the store, which goes on being written
+        report = check_directory(directory, lambda done, total: on_step("check", done, total))
     position = report.position
     missing = mark.revision - position.revision if mark and mark.history == position.history else 0
     return Found(report, max(0, missing))
@@ -82,10 +84,12 @@ def backup(directory: Path, path: Path) -> Meta:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
+            sync_directory(path.parent)
     except OSError as error:
         raise StoreFailed(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     return snapshot.meta
 
 
@@ -94,37 +98,44 @@ async def restore(directory: Path, path: Path, *, replace: bool, on_step: OnStep
 
     Also returns where the store is kept that was there. Raises `Refused` if there is one and *replace* is not given.
     """
-    directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240  nothing else runs here
-    if not replace and holds_data(directory):
-        raise Refused(f"{directory} holds a store: say --replace to keep it aside and restore into its place")
     status = await status_of(directory)
     if status and status.role is Role.FOLLOWER:
         raise Refused(f"{status.node} follows: restore on the leader, then `mehdb rejoin` on each follower")
-    incoming = _incoming(directory)
-    try:
+    if not replace and holds_data(directory):
+        raise Refused(f"{directory} holds a store: say --replace to keep it aside and restore into its place")
+    with _incoming(directory) as incoming:
         if path == STANDARD:
             await asyncio.to_thread(_copy_to, sys.stdin.buffer, incoming)
         else:
             with _opened(path) as file:
                 await asyncio.to_thread(_copy_to, file, incoming)
-        await asyncio.to_thread(verify_snapshot, incoming, lambda done, total: on_step("verify", done, total))
+        try:
+            await asyncio.to_thread(verify_snapshot, incoming, lambda done, total: on_step("verify", done, total))
+        except StoreError as error:
+            raise Refused(str(error).replace(str(incoming), str(path)) + ": nothing was changed") from error
         await asyncio.to_thread(begin_new_history, incoming, new_history())
         meta = await asyncio.to_thread(verify_snapshot, incoming)
         return meta, await _install(directory, incoming, meta, "replaced")
-    finally:
-        incoming.unlink(missing_ok=True)
 
 
 async def take(directory: Path, url: str, keep: str, on_step: OnStep) -> tuple[Meta, Path | None]:
     """Put the whole store of the node at *url* into *directory*. Return it, and where that is kept which was there."""
-    directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240
-    incoming = _incoming(directory)
-    try:
+    with _incoming(directory) as incoming:
         async with Peer(url) as peer:
             meta = await fetch(peer, incoming, on_step)
         return meta, await _install(directory, incoming, meta, keep)
-    finally:
-        incoming.unlink(missing_ok=True)
+
+
+def loss(directory: Path) -> str:
+    """Return what is wrong with the store in *directory* as a whole. Raises `Refused` if nothing is."""
+    with _usable(directory):
+        try:
+            require_sound(directory)
+        except Damaged as error:
+            return str(error)
+        except FileNotFoundError:
+            raise Refused(f"{directory} holds no store, so nothing is missing: name another with --data-dir") from None
+    raise Refused("nothing is missing: this store can be used as it is")
 
 
 async def accept_loss(directory: Path, *, start_empty: bool, on_step: OnStep) -> Path | None:
@@ -133,12 +144,7 @@ async def accept_loss(directory: Path, *, start_empty: bool, on_step: OnStep) ->
     Where more is broken, *start_empty* sets it aside: returns where. Raises `Refused` without that.
     """
     async with _alone(directory):
-        broken = None
-        try:
-            require_sound(directory)
-            raise Refused("nothing is missing: this store can be used as it is")
-        except Damaged as error:
-            broken = str(error)
+        broken = loss(directory)
         try:
             found = await asyncio.to_thread(check, directory, on_step)
             if not found.report.problems:
@@ -188,17 +194,19 @@ async def until_settled(directory: Path) -> NodeStatus | None:
 
 def holds_data(directory: Path) -> bool:
     """Return whether *directory* has a store with changes, or one that cannot be read."""
-    try:
-        return require_sound(directory).head > 0
-    except StoreError:
-        return True
-    except FileNotFoundError:
-        return False
+    with _usable(directory):
+        try:
+            return require_sound(directory).head > 0
+        except StoreError:
+            return True
+        except FileNotFoundError:
+            return False
 
 
 async def _install(directory: Path, incoming: Path, meta: Meta, keep: str) -> Path | None:
     async with _alone(directory):
-        return await asyncio.to_thread(install, directory, incoming, meta, keep)
+        with _usable(directory):
+            return await asyncio.to_thread(install, directory, incoming, meta, keep)
 
 
 @contextlib.asynccontextmanager
@@ -221,8 +229,25 @@ async def _alone(directory: Path) -> AsyncIterator[None]:
         lock.release()
 
 
-def _incoming(directory: Path) -> Path:
-    return directory / f"store.db.incoming-{os.getpid()}"
+@contextlib.contextmanager
+def _incoming(directory: Path) -> Iterator[Path]:
+    """Have a place in *directory*, which is made, for a store that arrives."""
+    with _usable(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    incoming = directory / f"store.db.incoming-{os.getpid()}"
+    try:
+        yield incoming
+    finally:
+        incoming.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _usable(directory: Path) -> Iterator[None]:
+    """Tell an error of the volume in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreFailed(f"{directory} cannot be used: {error.strerror}") from error
 
 
 def _opened(path: Path) -> BinaryIO:

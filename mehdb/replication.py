@@ -140,7 +140,7 @@ class Follower:
         return await self._pull(self._store.position)
 
     async def _take_snapshot(self) -> None:
-        """Take the leader's whole store. What is damaged here is kept, what is only older is not.
+        """Take the leader's whole store. What is damaged here is kept, what is certainly only older is not.
 
         Raises what `fetch` does, and `Diverged` if what is here is no older state of it: nothing is replaced then.
         """
@@ -151,8 +151,11 @@ class Follower:
             raise Diverged(f"the leader's snapshot is of {meta.history} at {meta.head}, no later state of this store")
         if meta.history == own.history and meta.epoch < own.epoch:
             raise StaleEpoch(f"the snapshot is of epoch {meta.epoch}, which is over: {own.epoch} has been seen")
-        damaged = self._damaged or store.damage
-        kept = await store.replace(store.incoming, meta, "damaged" if damaged else None)
+        if self._damaged or store.damage:
+            keep: str | None = "damaged"
+        else:
+            keep = None if own.head == 0 or await store.continued_by(store.incoming) else "behind"
+        kept = await store.replace(store.incoming, meta, keep)
         self._damaged, self._pages_only = None, False
         log.info("snapshot taken revision=%d leader=%s kept=%s", meta.head, self._leader.url, kept or "nothing")
 

@@ -47,7 +47,8 @@ class Reader:
 
     def end(self) -> None:
         """Let go of that snapshot. While one is held, SQLite cannot use the WAL again from its start."""
-        self._connection.execute("ROLLBACK")  # a COMMIT would fail again over a page that could not be read
+        if self._connection.in_transaction:  # SQLite has ended it by itself over a page that could not be read
+            self._connection.execute("ROLLBACK")  # a COMMIT would fail again over such a page
 
     def get(self, key: bytes, value_bytes_max: int) -> Change | None:
         """Return the change that *key* is live with, None if it is not live.

@@ -5,9 +5,11 @@ it lies a ballast: a file of nothing, given up when the volume is full to the la
 """
 
 import os
+import shutil
 from pathlib import Path
 from typing import Final
 
+BEHIND: Final = "behind"  # the copy of a store that may or may not have been an earlier state of what replaced it
 BALLAST_NAME: Final = "ballast"
 BALLAST_BYTES_MAX: Final = 4 << 20  # a few thousand deletions: each dirties a handful of pages
 RESERVE_SHARE: Final = 8  # on a small volume the reserve is at most this part of it
@@ -51,8 +53,11 @@ class Room:
             os.close(fd)
 
     def drop_ballast(self) -> bool:
-        """Give the ballast up. Return whether there was one."""
-        had = self._has_ballast
+        """Give the ballast up, and a copy that is kept only while there is room. Return whether there was any."""
+        copies = list(self._directory.glob(f"{BEHIND}-*"))
+        had = self._has_ballast or bool(copies)
+        for copy in copies:
+            shutil.rmtree(copy, ignore_errors=True)
         self._ballast.unlink(missing_ok=True)
         self._has_ballast = False
         return had

@@ -6,6 +6,7 @@ a crash at any point leaves the old one or the new one.
 
 import hashlib
 import os
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,10 +15,11 @@ from typing import Final
 
 import apsw
 
-from mehdb.errors import Damaged, DamagedRow, DiskFull, StoreError
+from mehdb.errors import Damaged, DamagedRow, DiskFull, Diverged, StoreError, StoreFailed
+from mehdb.model import Revision
 from mehdb.store import mark
 from mehdb.store.check import OnProgress, check
-from mehdb.store.room import Room
+from mehdb.store.room import BEHIND, Room
 from mehdb.store.schema import (
     FILE_NAME,
     PAGE_SIZE,
@@ -36,6 +38,8 @@ from mehdb.store.schema import (
 
 INCOMING: Final = f"{FILE_NAME}.incoming"  # what arrives, until it is whole and verified
 OUTGOING: Final = f"{FILE_NAME}.outgoing"  # what is sent
+CHAINS: Final = "SELECT revision, chain FROM change WHERE revision <= ? ORDER BY revision DESC LIMIT 1000"
+CHAIN: Final = "SELECT chain FROM change WHERE revision = ?"
 COPY_PAGES: Final = 2000  # pages copied between two looks of other threads: 8 MB, a few milliseconds
 DIGEST: Final = "sha256"
 CHUNK_BYTES: Final = 1 << 20
@@ -57,7 +61,10 @@ def make_snapshot(directory: Path, path: Path, room: Room | None) -> Snapshot:
     Raises `DiskFull` if that would leave less than the reserve of *room*, and `DamagedRow`.
     """
     path.unlink(missing_ok=True)
-    source = open_reader(directory)
+    try:
+        source = open_reader(directory)
+    except apsw.Error as error:
+        raise StoreFailed(f"the store in {directory} cannot be opened: {error}") from error
     try:
         source.execute("BEGIN")
         meta = read_meta(source)
@@ -75,7 +82,7 @@ def make_snapshot(directory: Path, path: Path, room: Room | None) -> Snapshot:
         path.unlink(missing_ok=True)
         if is_damage(error):
             raise DamagedRow(f"this node's store is damaged, so it cannot be copied whole: {error}") from error
-        raise
+        raise StoreFailed(f"{directory} cannot be copied to {path}: {error}") from error
     finally:
         source.close()
 
@@ -149,6 +156,9 @@ def install(directory: Path, incoming: Path, meta: Meta, keep: str | None) -> Pa
     sync_file(incoming)
     wal = directory / WAL_NAME
     left_open = wal.exists() and wal.stat().st_size > 0
+    if keep == BEHIND:
+        for earlier in directory.glob(f"{BEHIND}-*"):  # one is enough: they are made without an operator
+            shutil.rmtree(earlier, ignore_errors=True)
     kept = keep_copy(directory, keep or "replaced") if keep or left_open else None
     # A WAL must never meet a database that it is not of.
     for name in (WAL_NAME, SHM_NAME):
@@ -169,6 +179,26 @@ def abandon(directory: Path) -> Path | None:
         (directory / name).unlink(missing_ok=True)
         sync_directory(directory)
     return kept
+
+
+def continues(incoming: Path, directory: Path, head: Revision) -> bool:
+    """Return whether the store at *incoming* is certainly a later state of that in *directory*, whose head is *head*.
+
+    Where the change of *head* has been compacted away in it, that can no longer be told: False. Raises `Diverged` if it
+    certainly is not.
+    """
+    later, earlier = open_copy(incoming), open_reader(directory)
+    try:
+        for revision, chain in later.execute(CHAINS, (head,)):
+            own = earlier.execute(CHAIN, (revision,)).get
+            if own not in (None, chain):
+                raise Diverged(f"the chain at revision {revision} is another in the snapshot: the changes differ")
+            if revision == head:
+                return True
+        return False
+    finally:
+        later.close()
+        earlier.close()
 
 
 def begin_new_history(path: Path, history: str) -> None:

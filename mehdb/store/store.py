@@ -29,7 +29,16 @@ from mehdb.store.reader import Reader
 from mehdb.store.room import Room
 from mehdb.store.schema import Meta, new_history, sync_directory
 from mehdb.store.session import Session, StoreOptions
-from mehdb.store.snapshot import INCOMING, OUTGOING, Snapshot, install, make_snapshot, remove_leftovers, verify_snapshot
+from mehdb.store.snapshot import (
+    INCOMING,
+    OUTGOING,
+    Snapshot,
+    continues,
+    install,
+    make_snapshot,
+    remove_leftovers,
+    verify_snapshot,
+)
 from mehdb.store.writer import Writer
 
 T = TypeVar("T")
@@ -327,6 +336,10 @@ class Store:
     def incoming(self) -> Path:
         """Where a snapshot from another node is put until `replace` takes it."""
         return self.directory / INCOMING
+
+    async def continued_by(self, incoming: Path) -> bool:
+        """Return whether the snapshot at *incoming* is certainly a later state of this store; see `continues`."""
+        return await asyncio.to_thread(continues, incoming, self.directory, self.head)
 
     async def verified(self, incoming: Path) -> Meta:
         """Return the state of the store at *incoming*, all of it verified. Raises `Damaged` and `UnknownSchema`."""
