@@ -34,9 +34,9 @@ from mehdb.transfer import fetch
 log = logging.getLogger("mehdb.replication")
 
 # How long the leader holds a request when nothing is new. It bounds how old "last heard" gets meanwhile.
-WAIT_S: Final = 5.0
+WAIT_S: Final = 1.5
 BACKOFF_LEAST_S: Final = 0.1  # a leader that restarts is back within a second
-BACKOFF_MOST_S: Final = 5.0  # one that does not is not asked more often than this
+BACKOFF_MOST_S: Final = 2.0  # one that does not is not asked more often; it is found again within 5 s of its return
 DIVERGED_ADVICE: Final = (
     "; this node keeps its data: bring the leader's own volume back, or run `mehdb rejoin` here to take the leader's "
     "data in place of it"
@@ -100,6 +100,7 @@ class Follower:
                 await self._follow()
             except (PeerError, Diverged, Compacted, DiskFull, DamagedRow, NotNow) as error:
                 self._note_failure(error)
+                await self._leader.reconnect()
             delay_s = BACKOFF_LEAST_S if self._progress != progress else delay_s
             await asyncio.sleep(delay_s * random.uniform(0.5, 1))  # noqa: S311  no secret
             most_s = DIVERGED_MOST_S if self.state is State.DIVERGED else BACKOFF_MOST_S
@@ -187,8 +188,8 @@ class Follower:
         return following
 
     async def _pull(self, position: Position) -> Pull:
-        # Until it serves, a follower wants to know the leader's head, not to wait for the next change.
-        wait_s = WAIT_S if self.state is State.SERVING else 0.0
+        # Until it serves, and after a failure, it wants to know the leader's head and epoch, not to wait for a change.
+        wait_s = WAIT_S if self.state is State.SERVING and self._error is None else 0.0
         meta = self._store.meta
         pull = await self._leader.pull(
             position, meta.epoch, node=self._node, durable=meta.head, wait_s=wait_s, pages_only=self._pages_only

@@ -5,10 +5,10 @@ read. Here the head is one string, written with the body in one go. Answers that
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import aiofiles
 import msgspec
@@ -17,13 +17,17 @@ from aiohttp.abc import AbstractStreamWriter
 
 from mehdb.errors import BodyTooSlow, MehdbError, MethodNotAllowed
 
+T = TypeVar("T")
+
 TEXT: Final = "text/plain; charset=utf-8"
 JSON: Final = "application/json"
 JOIN_BYTES_MAX: Final = 1 << 16  # below this, copying a body behind its head is cheaper than a second system call
 STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 BODILESS: Final = frozenset({204})  # RFC 9110, 6.4.1
 BODY_RATE_MIN: Final = 64 << 10  # bytes per second, in the long run, either way: slower only holds memory and a socket
+BEAT_S: Final = 1.0  # two may be lost to a busy machine before a peer gives up
 FILE_CHUNK_BYTES: Final = 1 << 18  # amortises the thread that reads it
+FILE_STALL_S: Final = 5.0  # for a chunk of a file: whoever waits for their turn is another node
 SEND_STALL_S: Final = 30.0  # before that counts
 
 
@@ -112,10 +116,11 @@ class FileAnswer(Answer):
     async def send(self, request: web.BaseRequest) -> None:
         """Send it to a client that may read slowly, but must go on reading."""
         try:
-            await request.writer.write(self._head)
+            async with asyncio.timeout(FILE_STALL_S):
+                await request.writer.write(self._head)
             async with aiofiles.open(self._path, "rb") as file:
                 while chunk := await file.read(FILE_CHUNK_BYTES):
-                    async with asyncio.timeout(SEND_STALL_S):
+                    async with asyncio.timeout(FILE_STALL_S):
                         await request.writer.write(chunk)
         except TimeoutError as error:
             if request.transport is not None:
@@ -143,3 +148,18 @@ def error_answer(error: MehdbError) -> Answer:
         headers += f"Allow: {error.allowed}\r\n"
     body = {"error": error.code, "message": str(error), "status": error.status}
     return json_answer(body, status=error.status, headers=headers)
+
+
+async def heard(request: web.BaseRequest, work: Coroutine[Any, Any, T]) -> T:
+    """Return what *work* gives. Until it does, tell the client each second that somebody is at it (102, RFC 2518).
+
+    So a client need not wait long for a leader that has gone without a word, however long an answer may take.
+    """
+    task = asyncio.create_task(work)
+    try:
+        while not (await asyncio.wait([task], timeout=BEAT_S))[0]:
+            if request.transport is not None and request.version >= (1, 1):
+                request.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        return task.result()
+    finally:
+        task.cancel()

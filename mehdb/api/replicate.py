@@ -11,7 +11,7 @@ from typing import Final
 
 from aiohttp import web
 
-from mehdb.api.answers import Answer, json_answer
+from mehdb.api.answers import Answer, heard, json_answer
 from mehdb.api.node import NodeView
 from mehdb.api.requests import Parameters, Target, no_parameters, seconds
 from mehdb.errors import Compacted, Diverged, NotSynced, StoreAway
@@ -123,7 +123,7 @@ class ReplicationRoutes:
             )
         )  # fmt: skip
 
-    async def replicate(self, _request: web.BaseRequest, target: Target, _rest: str) -> Answer:
+    async def replicate(self, request: web.BaseRequest, target: Target, _rest: str) -> Answer:
         """Answer with the page after a position, at the head after waiting for one; 204 if none came.
 
         *durable* is what the follower holds for certain, where that is less than *after*: it asks for a page while it
@@ -142,7 +142,7 @@ class ReplicationRoutes:
         if self._store.meta.history is None:
             raise NotSynced("this node holds nothing yet: ask another one")
         try:
-            page = await self._store.page_after(position)
+            page = await heard(request, self._store.page_after(position))
         except Diverged:
             self._node.note_other(position)
             raise
@@ -150,8 +150,8 @@ class ReplicationRoutes:
             self._send_for_snapshot(position)
         if node is not None:
             self._followers.note(node, durable)
-        if page is None and wait_s and await self._store.wait_beyond(after, wait_s):
-            page = await self._store.page_after(position)
+        if page is None and wait_s and await heard(request, self._store.wait_beyond(after, wait_s)):
+            page = await heard(request, self._store.page_after(position))
         if page is None:
             return Answer(status=204)
         return Answer(encode_page(page), MSGPACK)

@@ -5,17 +5,14 @@ One at a time: each takes as much room on the volume as the store itself.
 
 import asyncio
 import base64
-from typing import Final
 
 from aiohttp import web
 
-from mehdb.api.answers import FileAnswer
+from mehdb.api.answers import FileAnswer, heard
 from mehdb.api.node import NodeView
 from mehdb.api.requests import Target, no_parameters
 from mehdb.errors import NotSynced, SnapshotBusy
 from mehdb.store import Store
-
-TURN_TIMEOUT_S: Final = 10.0  # then a 503 says that others are before it
 
 
 class SnapshotRoutes:
@@ -26,19 +23,17 @@ class SnapshotRoutes:
         self._store = store
         self._turn = asyncio.Lock()
 
-    async def snapshot(self, _request: web.BaseRequest, target: Target, _rest: str) -> FileAnswer:
+    async def snapshot(self, request: web.BaseRequest, target: Target, _rest: str) -> FileAnswer:
         """Answer with a snapshot: a SQLite database, with its digest and its position in the headers."""
         no_parameters(target.query)
         self._node.require_leading()
         if self._store.meta.history is None:
             raise NotSynced("this node holds nothing yet: ask another one")
+        if self._turn.locked():  # who asks has pages to go on with, or asks again
+            raise SnapshotBusy("another snapshot is being sent, one at a time: try again in a moment")
+        await self._turn.acquire()
         try:
-            async with asyncio.timeout(TURN_TIMEOUT_S):
-                await self._turn.acquire()
-        except TimeoutError as error:
-            raise SnapshotBusy("other snapshots are being sent, one at a time: try again in a moment") from error
-        try:
-            snapshot = await self._store.snapshot()
+            snapshot = await heard(request, self._store.snapshot())
         except BaseException:
             self._turn.release()
             raise
