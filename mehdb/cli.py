@@ -75,6 +75,8 @@ def serve(
     queue_size: Annotated[str | None, _option("queue_size")] = None,
     body_timeout: Annotated[str | None, _option("body_timeout")] = None,
     keepalive_timeout: Annotated[str | None, _option("keepalive_timeout")] = None,
+    header_timeout: Annotated[str | None, _option("header_timeout")] = None,
+    max_connections: Annotated[str | None, _option("max_connections")] = None,
     stop_timeout: Annotated[str | None, _option("stop_timeout")] = None,
     drain_timeout: Annotated[str | None, _option("drain_timeout")] = None,
     lame_duck: Annotated[str | None, _option("lame_duck")] = None,

@@ -227,6 +227,8 @@ class Life:
         quiet.setLevel(logging.CRITICAL)
         server = ApiServer(
             api,
+            connections_max=settings.max_connections,
+            head_timeout_s=settings.header_timeout,
             access_log=None,
             logger=quiet,
             keepalive_timeout=settings.keepalive_timeout,

@@ -129,7 +129,9 @@ class Follower:
         """Return the next page, after taking the leader's snapshot if it says that there is no other way."""
         try:
             return await self._pull(self._store.position)
-        except Compacted:
+        except Compacted as error:
+            if self.state is State.DIVERGED and self._store.head:
+                self._stay_diverged(error)
             if self._pages_only:  # there is no other way, and it may be open by now
                 self._pages_only = False
                 raise
@@ -139,6 +141,13 @@ class Follower:
             self._pages_only = True  # if pages will do, the leader sends them
             raise
         return await self._pull(self._store.position)
+
+    def _stay_diverged(self, error: Compacted) -> None:
+        """Do not let a snapshot replace what has diverged, because the leader has compacted away what shows it."""
+        if self._pages_only:
+            raise Diverged(f"it differed before, and the leader can no longer tell where: {error}") from error
+        self._pages_only = True  # if pages will do, the leader finds this store to be an earlier state of its own
+        raise error
 
     async def _take_snapshot(self) -> None:
         """Take the leader's whole store. What is damaged here is kept, what is certainly only older is not.

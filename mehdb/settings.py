@@ -156,6 +156,13 @@ class Settings:
     keepalive_timeout: float = _setting(
         "MEHDB_KEEPALIVE_TIMEOUT", _seconds(1, 3600), "75", "How long an idle connection is kept open."
     )
+    header_timeout: float = _setting(
+        "MEHDB_HEADER_TIMEOUT", _seconds(0.1, 3600), "10", "How long a request's head may take, before a 408."
+    )
+    max_connections: int = _setting(
+        "MEHDB_MAX_CONNECTIONS", whole_number(16, 1_000_000), "4096",
+        "How many connections there may be; one more takes the place of the longest idle.",
+    )  # fmt: skip
     stop_timeout: float = _setting(
         "MEHDB_STOP_TIMEOUT", _seconds(0.1, 3600), "10",
         "How long a stop waits for requests under way; set the pod's grace period well above it.",

@@ -1,6 +1,6 @@
 """The HTTP API of a node: requests in, answers out.
 
-    server.py     `ApiServer`: takes connections; what cannot be parsed is answered too
+    server.py     `ApiServer`: takes connections, bounds them; what cannot be parsed is answered too
     app.py        `Api`: finds the route, turns errors into answers, adds the headers that every answer bears
     answers.py    `Answer`: a whole answer and its wire form
     requests.py   what a request says: its target, key, parameters and body

@@ -7,7 +7,9 @@ read. Here the head is one string, written with the body in one go. Answers that
 import asyncio
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
+from operator import itemgetter
 from pathlib import Path
+from time import monotonic
 from typing import Any, Final, TypeVar
 
 import aiofiles
@@ -15,7 +17,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from mehdb.errors import BodyTooSlow, MehdbError, MethodNotAllowed
+from mehdb.errors import BodyTooSlow, MehdbError, MethodNotAllowed, QueueFull
 
 T = TypeVar("T")
 
@@ -28,7 +30,40 @@ BODY_RATE_MIN: Final = 64 << 10  # bytes per second, in the long run, either way
 BEAT_S: Final = 1.0  # two may be lost to a busy machine before a peer gives up
 FILE_CHUNK_BYTES: Final = 1 << 18  # amortises the thread that reads it
 FILE_STALL_S: Final = 5.0  # for a chunk of a file: whoever waits for their turn is another node
-SEND_STALL_S: Final = 30.0  # before that counts
+PIECE_BYTES: Final = 256 << 10  # of a large answer: few waits, and a client at the lowest rate takes one in seconds
+STALLED_S: Final = PIECE_BYTES / BODY_RATE_MIN  # a client that has taken no piece for so long makes room for others
+
+
+class Sending:
+    """Bounds the memory of the large answers under way, all together. Those that stall make room for others."""
+
+    def __init__(self, bytes_max: int, stall_s: float) -> None:
+        self.stall_s = stall_s  # how long a client may take nothing
+        self._bytes_max = bytes_max
+        self._under_way: dict[asyncio.Transport, tuple[float, int]] = {}  # when a piece was last taken, and the size
+
+    def require(self, size_bytes: int) -> None:
+        """Make room for that many bytes more, or raise `QueueFull`. One answer alone always has it."""
+        free_bytes = self._bytes_max - sum(size for _, size in self._under_way.values())
+        if free_bytes >= size_bytes:
+            return
+        stalled_since_s = monotonic() - STALLED_S
+        for transport, (moved_at_s, size) in sorted(self._under_way.items(), key=itemgetter(1)):
+            if free_bytes >= size_bytes or moved_at_s > stalled_since_s:
+                break
+            transport.abort()
+            del self._under_way[transport]
+            free_bytes += size
+        if free_bytes < size_bytes and self._under_way:
+            raise QueueFull("too many bytes of answers wait for their clients to read them: try again in a moment")
+
+    def goes_on(self, transport: asyncio.Transport, size_bytes: int) -> None:
+        """Hold that many bytes for the client behind *transport*, which takes its next piece now."""
+        self._under_way[transport] = (monotonic(), size_bytes)
+
+    def ends(self, transport: asyncio.Transport) -> None:
+        """Hold nothing more for it."""
+        self._under_way.pop(transport, None)
 
 
 class Answer(web.StreamResponse):
@@ -60,13 +95,15 @@ class Answer(web.StreamResponse):
         """Whether the connection may take another request."""
         return self._keep_alive
 
-    def complete(self, request: web.BaseRequest, common_headers: str, *, last: bool) -> None:
+    def complete(self, request: web.BaseRequest, common_headers: str, sending: Sending, *, last: bool) -> None:
         """Serialise the head, with the headers that every answer bears. *last* ends the connection after it."""
+        self._sending = sending
         # A client that still waits for `100 Continue` may send its body after a final answer, or may not (RFC 9110,
         # 10.1.1), and so may one that was too slow: only the end of the connection tells the next request from a body
         # that comes after all.
         owes_body = not request.content.is_eof() and ("Expect" in request.headers or self.status == BodyTooSlow.status)
-        self._keep_alive = request.keep_alive and not owes_body and not last
+        # After CONNECT a client may talk to the one that it believes to be at the other end (RFC 9110, 9.3.6).
+        self._keep_alive = request.keep_alive and not owes_body and not last and request.method != "CONNECT"
         lines = [STATUS_LINES[self.status], common_headers, self.header_lines]
         if self.status not in BODILESS:
             lines.append(f"Content-Type: {self.content_type_line}\r\nContent-Length: {self.content_bytes}\r\n")
@@ -81,24 +118,39 @@ class Answer(web.StreamResponse):
             self.content = b""
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        """Send all of it."""
+        """Send all of it. Its end may still wait in the kernel, and little of it here, for the client to read."""
         writer = request.writer
-        if len(self.content) <= JOIN_BYTES_MAX:
-            await writer.write(self._head + self.content)
-        else:
-            await self._send_slowly(request, writer)
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client has gone")
+        try:
+            if len(self.content) > JOIN_BYTES_MAX:
+                await self._send_slowly(writer, transport)
+            else:
+                await writer.write(self._head + self.content)
+                if request.protocol.writing_paused:  # or answers pile up for a client that asks on and never reads
+                    async with asyncio.timeout(self._sending.stall_s):
+                        await writer.drain()
+        except TimeoutError as error:
+            transport.abort()
+            raise ConnectionResetError("the client reads too slowly") from error
         return writer
 
-    async def _send_slowly(self, request: web.BaseRequest, writer: AbstractStreamWriter) -> None:
+    async def _send_slowly(self, writer: AbstractStreamWriter, transport: asyncio.Transport) -> None:
         """Send a large body to a client that may read it slowly, but not so slowly that it only holds the memory."""
+        sending, clock = self._sending, asyncio.get_running_loop().time
+        started_at_s = clock()
+        content, size_bytes = memoryview(self.content), len(self.content)
         try:
-            async with asyncio.timeout(SEND_STALL_S + len(self.content) / BODY_RATE_MIN):
-                await writer.write(self._head)
-                await writer.write(self.content)
-        except TimeoutError as error:
-            if request.transport is not None:
-                request.transport.abort()
-            raise ConnectionResetError("the client reads too slowly") from error
+            await writer.write(self._head)
+            for start in range(0, size_bytes, PIECE_BYTES):
+                sending.goes_on(transport, size_bytes)
+                due_s = started_at_s + (start + PIECE_BYTES) / BODY_RATE_MIN
+                async with asyncio.timeout_at(min(clock(), due_s) + sending.stall_s):
+                    await writer.write(content[start : start + PIECE_BYTES])
+                    await writer.drain()
+        finally:
+            sending.ends(transport)
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing more: `prepare` has sent it all."""

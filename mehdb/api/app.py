@@ -4,7 +4,6 @@ It reads the raw target: aiohttp's own router would decode `a%2Fb` and `a/b` bef
 """
 
 import logging
-import re
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from time import time
@@ -13,14 +12,14 @@ from typing import Final, NamedTuple
 from aiohttp import web
 
 from mehdb import __version__
-from mehdb.api.answers import Answer, FileAnswer, error_answer
+from mehdb.api.answers import JOIN_BYTES_MAX, Answer, FileAnswer, Sending, error_answer
 from mehdb.api.data import DataRoutes
 from mehdb.api.node import NodeView
 from mehdb.api.replicate import Followers, ReplicationRoutes
 from mehdb.api.requests import Target, target
 from mehdb.api.snapshot import SnapshotRoutes
 from mehdb.api.status import StatusRoutes
-from mehdb.errors import MalformedRequest, MehdbError, MethodNotAllowed, RouteNotFound
+from mehdb.errors import MehdbError, MethodNotAllowed, RouteNotFound
 from mehdb.metrics import Metrics
 from mehdb.model import State
 from mehdb.settings import Settings
@@ -61,6 +60,7 @@ class Api:
         self._node = node
         self._store = store
         self._metrics = metrics
+        self._sending = Sending(settings.queue_size, settings.body_timeout)
         self._node_headers = f"Server: mehdb/{__version__}\r\nMehdb-Node: {node.name}\r\nMehdb-Role: {node.role}\r\n"
         self._common = NOTHING_SHOWN
 
@@ -71,6 +71,8 @@ class Api:
             where = target(request.raw_path)
             route, rest = self._route(where.path)
             answer = await self._handler(route, method)(request, where, rest)
+            if isinstance(answer, Answer) and len(answer.content) > JOIN_BYTES_MAX:
+                self._sending.require(len(answer.content))
         except MehdbError as error:
             answer = error_answer(error)
         except ConnectionError:
@@ -82,18 +84,16 @@ class Api:
             )
         self._metrics.count_request(route, method if method in self._routes.get(route, ()) else UNKNOWN, answer.status)
         if isinstance(answer, Answer):
-            answer.complete(request, self._common_headers(answer.revision), last=self._node.closing)
+            answer.complete(request, self._common_headers(answer.revision), self._sending, last=self._node.closing)
         if isinstance(answer, FileAnswer):
             await answer.send(request)
         return answer
 
-    def refuse(self, request: web.BaseRequest, reason: str) -> web.StreamResponse:
-        """Answer a *request* that could not be parsed; *reason* is the parser's."""
-        what = re.split(r"[:\n]", reason)[0]  # without the bytes that the parser quotes behind it
-        advice = "percent-encode what is no ASCII in the target" if "url" in what else "send HTTP/1.1 (RFC 9112)"
-        answer = error_answer(MalformedRequest(f"the request is malformed ({what}): {advice}"))
+    def refuse(self, request: web.BaseRequest, error: MehdbError) -> web.StreamResponse:
+        """Answer *error* to a *request* that could not be parsed, and end the connection."""
+        answer = error_answer(error)
         self._metrics.count_request(UNKNOWN, UNKNOWN, answer.status)
-        answer.complete(request, self._common_headers(0), last=True)
+        answer.complete(request, self._common_headers(0), self._sending, last=True)
         return answer
 
     def _route(self, path: str) -> tuple[str, str]:

@@ -133,6 +133,8 @@ async def read_body(request: web.BaseRequest, bytes_max: int, stall_s: float, bu
     if (request.content_length or 0) > bytes_max:
         raise _too_large(bytes_max)
     _check_expectation(request)
+    if request.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
+        raise BadBody("send the body in no transfer coding but chunked: nothing was written")
     content = request.content
     if content.is_eof() and content.total_bytes <= bytes_max:  # it came with the head: most do
         return content.read_nowait()

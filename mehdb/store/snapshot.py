@@ -21,8 +21,10 @@ from mehdb.store import mark
 from mehdb.store.check import OnProgress, check
 from mehdb.store.room import BEHIND, Room
 from mehdb.store.schema import (
+    CHECKSUM_BYTES,
     FILE_NAME,
     PAGE_SIZE,
+    SCHEMA_VERSION,
     SHM_NAME,
     WAL_NAME,
     Meta,
@@ -92,6 +94,10 @@ def _copy(source: apsw.Connection, path: Path) -> None:
     target = apsw.Connection(str(path))
     try:
         target.execute("PRAGMA synchronous = OFF")
+        # cksumvfs learns from the first page in the file that pages have checksums. A copy that outgrows the cache
+        # writes others before it, without: so there must be a first page already.
+        target.reserve_bytes("main", CHECKSUM_BYTES)
+        target.execute(f"PRAGMA page_size = {PAGE_SIZE}; PRAGMA user_version = {SCHEMA_VERSION}")
         with target.backup("main", source, "main") as copying:
             while not copying.done:
                 copying.step(COPY_PAGES)
