@@ -167,6 +167,10 @@ class Cluster:
         self.nodes.append(Node(name, port, self.directory / name, usual | environment))
         return self.nodes[-1]
 
+    def introduce(self) -> None:
+        """Tell the leader of all nodes that there are: from its next start on it asks them what they hold."""
+        self.leader.environment["MEHDB_PEERS"] = ",".join(node.url for node in self.nodes)
+
     def start(self, replicas: int, **environment: str) -> "Cluster":
         """Start *replicas* nodes in order, each when the one before is ready."""
         for _ in range(replicas):

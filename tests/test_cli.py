@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import apsw
 import httpx
 import pytest
 
@@ -21,6 +22,7 @@ from mehdb import __version__
 from mehdb.model import Epoch
 from mehdb.settings import SETTINGS, flag
 from mehdb.store import Store, Write
+from mehdb.store.schema import use_page_checksums
 
 MODULE = (sys.executable, "-m", "mehdb")
 SCRIPT = (str(Path(sys.executable).with_name("mehdb")),)
@@ -177,8 +179,9 @@ def another_database(path: Path) -> None:
 
 def newer_schema(path: Path) -> None:
     our_store(path)
-    with sqlite3.connect(path) as database:
-        database.execute("PRAGMA user_version = 999")
+    use_page_checksums()
+    database = apsw.Connection(str(path))
+    database.execute("PRAGMA user_version = 999; PRAGMA journal_mode = DELETE").fetchall()
     database.close()
 
 
@@ -193,6 +196,10 @@ def cut_short(path: Path) -> None:
     os.truncate(path, 4096)
 
 
+def nothing(path: Path) -> None:
+    path.touch()
+
+
 def our_store(path: Path) -> None:
     async def write() -> None:
         store = await Store.open(path.parent)
@@ -203,13 +210,39 @@ def our_store(path: Path) -> None:
     asyncio.run(write())
 
 
-@pytest.mark.parametrize("make", [random_bytes, another_database, newer_schema, cut_short, torn_tables])
-def test_a_store_that_is_none_is_told_in_one_line_and_not_touched(tmp_path: Path, make: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("make", [another_database, newer_schema])
+def test_a_store_of_another_program_is_told_in_one_line_and_not_touched(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
     path = tmp_path / "store.db"
     make(path)
     before = path.read_bytes()
     assert_told(serve(tmp_path), 1, r".*store\.db .*")
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("make", [random_bytes, cut_short, torn_tables, nothing])
+def test_a_damaged_store_without_a_copy_is_not_touched_and_the_leader_says_what_to_do(
+    cluster: Cluster, make: Callable[[Path], None]
+) -> None:
+    """It runs, so that an operator can run commands there, but does not lead."""
+    node = cluster.add()
+    path = node.volume / "store.db"
+    node.volume.mkdir()
+    make(path)
+    before = path.read_bytes()
+    node.start(ready=False)
+    eventually(lambda: node.status().state == "failed", "the leader to find out that nobody has a copy")
+    reason = node.status().reason or ""
+    assert str(node.volume) in reason
+    for advice in ("bring the volume back", "`mehdb restore`", "`mehdb accept-loss`"):
+        assert advice in reason
+    assert node.get("/readyz").status_code == 503
+    assert node.get("/livez").status_code == 200
+    assert (node.put("k", b"v").status_code, node.get("/get/k").status_code) == (503, 503)
+    node.stop()
+    assert path.read_bytes() == before
+    cluster.nodes.remove(node)  # its store is not to be verified
 
 
 # How it ends.
@@ -229,7 +262,7 @@ class Writing(threading.Thread):
                 key = f"{self.name}/{len(self.acknowledged)}"
                 answer = client.put(f"/set/{key}", content=key.encode())
                 if answer.status_code != 200:
-                    assert (answer.status_code, answer.json()["error"]) == (503, "stopping")
+                    assert (answer.status_code, answer.json()["error"]) == (503, "draining")
                     return
                 self.acknowledged.append(key)
 
@@ -258,8 +291,8 @@ def test_a_start_and_a_stop_are_a_line_each(cluster: Cluster) -> None:
     for number in range(20):
         node.put(f"k/{number}", b"value that no log may show")
     node.stop()
-    events = [line.partition("logger=mehdb.node ")[2].split()[0] for line in node.log.splitlines()]
-    assert events == ["started", "stopping", "stopped"]
+    events = [re.split(r"logger=mehdb\.\w+ ", line)[1].split()[0] for line in node.log.splitlines()]
+    assert events == ["started", "leading", "draining", "stopping", "stopped"]
     assert "no log may show" not in node.log
 
 

@@ -16,7 +16,7 @@ def status(**fields: object) -> NodeStatus:
         "history": History("aa" * 16), "epoch": Epoch(3), "revision": Revision(7), "chain": "00" * 16,
         "floor": Revision(2),
         "keys": 5, "queue_bytes": 11, "leader": None, "followers": (), "uptime_seconds": 1.5, "version": "0",
-        "commits": 4,
+        "commits": 4, "free_bytes": 1 << 33,
     }  # fmt: skip
     return NodeStatus(**usual | fields)  # type: ignore[arg-type]
 
@@ -39,8 +39,15 @@ def of(found: Samples, name: str) -> dict[str, float]:
 
 def test_a_status_becomes_gauges() -> None:
     found = samples(Metrics(status))
-    gauges = {"ready": 1, "keys": 5, "revision": 7, "floor": 2, "epoch": 3, "queue_bytes": 11}
+    gauges = {
+        "ready": 1, "keys": 5, "revision": 7, "floor": 2, "epoch": 3, "queue_bytes": 11, "volume_free_bytes": 1 << 33,
+        "damaged": 0,
+    }  # fmt: skip
     assert {name: found[f"mehdb_{name}", ()] for name in gauges} == gauges
+
+
+def test_damage_is_told_by_a_1_whatever_it_is() -> None:
+    assert samples(Metrics(lambda: status(damage="revision 7 does not match its checksum")))["mehdb_damaged", ()] == 1
 
 
 @pytest.mark.parametrize("state", State)

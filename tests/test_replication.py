@@ -17,7 +17,7 @@ from fake_leader import Answer, FakeLeader, fake_leader, honest, leading, next_p
 from mehdb.errors import Diverged
 from mehdb.model import GENESIS, Chain, Change, Epoch, History, Page, Position, Revision, State
 from mehdb.peers import ANSWER_TIMEOUT_S, Peer
-from mehdb.replication import BACKOFF_LEAST_S, DIVERGED_RETRY_S, WAIT_S, Follower
+from mehdb.replication import BACKOFF_LEAST_S, DIVERGED_MOST_S, WAIT_S, Follower
 from mehdb.store import Store, Write
 
 CHANGES = 5
@@ -259,8 +259,13 @@ async def test_a_follower_whose_leader_tells_another_story_keeps_its_own(
     )
 
 
-async def test_a_diverged_follower_asks_seldom_and_follows_again_when_it_is_recognised(tmp_path: Path) -> None:
+async def test_a_diverged_follower_asks_more_and_more_seldom_and_follows_again_when_it_is_recognised(
+    tmp_path: Path,
+) -> None:
+    disowned_at_s: list[float] = []
+
     async def disown(_: web.BaseRequest) -> web.StreamResponse:
+        disowned_at_s.append(monotonic())
         history = stage.truth.meta.history
         return page_answer(b"revision 3 is ahead of the head 1", head=1, history=history, status=409)
 
@@ -270,15 +275,12 @@ async def test_a_diverged_follower_asks_seldom_and_follows_again_when_it_is_reco
         await stage.write()  # ends the long poll, which is still an honest one
         await soon(lambda: stage.follower.state is State.DIVERGED, "the follower to notice")
         assert "revision 3 is ahead of the head 1" in (stage.follower.problem or "")
+        await soon(lambda: len(disowned_at_s) > 4, "the follower to ask again and again")
         stage.relent()
-        await soon(
-            lambda: stage.follower.state is State.SERVING, "the follower to be recognised", DIVERGED_RETRY_S + 10
-        )
+        await soon(lambda: stage.follower.state is State.SERVING, "the follower to be recognised", DIVERGED_MOST_S + 10)
         assert stage.equal
-        disowned, again = (
-            stage.leader.asked[-3:-1] if stage.leader.asked[-1].query["wait"] != "0.0" else stage.leader.asked[-2:]
-        )
-        assert again.at_s - disowned.at_s >= DIVERGED_RETRY_S / 2
+    for number, (earlier, later) in enumerate(pairwise(disowned_at_s)):
+        assert later - earlier >= BACKOFF_LEAST_S * 2**number / 2  # half of it is jitter
 
 
 async def test_a_follower_that_serves_goes_on_when_its_leader_lies(tmp_path: Path) -> None:

@@ -37,7 +37,13 @@ EACH: Final = [
     ("queue_size", "MEHDB_QUEUE_SIZE", "1GB", 10**9, 64 << 20),
     ("body_timeout", "MEHDB_BODY_TIMEOUT", "0.5", 0.5, 30.0),
     ("keepalive_timeout", "MEHDB_KEEPALIVE_TIMEOUT", "15s", 15.0, 75.0),
-    ("stop_timeout", "MEHDB_STOP_TIMEOUT", "25", 25.0, 10.0),
+    ("stop_timeout", "MEHDB_STOP_TIMEOUT", "15", 15.0, 10.0),
+    ("drain_timeout", "MEHDB_DRAIN_TIMEOUT", "0", 0.0, 10.0),
+    ("lame_duck", "MEHDB_LAME_DUCK", "0.5s", 0.5, 2.0),
+    ("grace_period", "MEHDB_GRACE_PERIOD", "120", 120.0, 30.0),
+    ("disk_reserve", "MEHDB_DISK_RESERVE", "0", 0, 64 << 20),
+    ("retain_changes", "MEHDB_RETAIN_CHANGES", "1", 1, 100_000),
+    ("snapshot_lag", "MEHDB_SNAPSHOT_LAG", "2000", 2000, 100_000),
     ("log_level", "MEHDB_LOG_LEVEL", "WARNING", "warning", "info"),
 ]  # fmt: skip
 each_setting = pytest.mark.parametrize(
@@ -66,6 +72,12 @@ BAD: Final = [
     ("body_timeout", ["0", "-1", "nan", "inf", "3601", "1m", "soon", "s", "", " "]),
     ("keepalive_timeout", ["0.9", "nan", "3600.1"]),
     ("stop_timeout", ["0.05", "-inf", "3601"]),
+    ("drain_timeout", ["-1", "nan", "3601"]),
+    ("lame_duck", ["-0.1", "long", "3601"]),
+    ("grace_period", ["0", "86401", "1h"]),
+    ("disk_reserve", ["-1", "10%", "2TiB", "1025GiB"]),
+    ("retain_changes", ["0", "-1", "1k", "1000000000001"]),
+    ("snapshot_lag", ["0", "-1", "1e5", "1000000000001"]),
     ("log_level", ["loud", "infos", "info,debug"]),
 ]  # fmt: skip
 
@@ -166,6 +178,10 @@ def test_a_bad_value_is_refused_with_its_source(name: str, text: str) -> None:
         ("queue_size", "16GiB", 1 << 34),
         ("body_timeout", "0.1", 0.1),
         ("body_timeout", "3600s", 3600.0),
+        ("grace_period", "86400", 86400.0),
+        ("disk_reserve", "1024GiB", 1 << 40),
+        ("retain_changes", "1000000000000", 10**12),
+        ("snapshot_lag", "1", 1),
         ("peers", "http://[::1]:9876", ("http://[::1]:9876",)),
         ("advertise_url", "http://example.com:3{ordinal}", "http://example.com:3{ordinal}"),
         ("log_level", "Error", "error"),
@@ -239,8 +255,8 @@ def test_all_problems_are_reported_together() -> None:
 
 
 def test_all_relations_are_reported_together() -> None:
-    found = problems({"max_value": "32MiB", "queue_size": "16MiB", "host": "mehdb-1"})
-    assert [problem.split(":")[0] for problem in found] == ["--queue-size", "--peers"]
+    found = problems({"max_value": "32MiB", "queue_size": "16MiB", "grace_period": "22", "host": "mehdb-1"})
+    assert [problem.split(":")[0] for problem in found] == ["--queue-size", "--grace-period", "--peers"]
 
 
 # The names around a node.
@@ -356,6 +372,15 @@ def test_a_queue_that_cannot_hold_one_value_is_refused() -> None:
     [problem] = problems({"max_value": "2MiB", "queue_size": "2097151"})
     assert problem.startswith("--queue-size: 2097151 bytes")
     assert loaded({"max_value": "2MiB", "queue_size": "2097152"}).queue_size == 2 << 20
+
+
+def test_a_stop_that_may_outlast_the_grace_period_is_refused() -> None:
+    """What comes after its end is SIGKILL, which cuts connections off."""
+    times = {"drain_timeout": "5", "lame_duck": "3", "stop_timeout": "2"}
+    [problem] = problems(times | {"grace_period": "10"})
+    assert problem.startswith("--grace-period: 10 s is too short")
+    assert "= 10 s" in problem
+    assert loaded(times | {"grace_period": "10.1"}).grace_period == 10.1
 
 
 def test_settings_cannot_be_changed_once_read() -> None:

@@ -138,7 +138,7 @@ class Session:
     async def scan(self, read: Callable[[Reader], T]) -> T:
         """Run *read* in a thread that has a reader of its own."""
         found = await asyncio.get_running_loop().run_in_executor(self._pool, lambda: read(self._scanner_here()))
-        self.unpin()  # it may have seen a commit that the point reads' snapshot has not: they must not go back behind it
+        self.unpin()  # it may have seen a commit that the point reads' snapshot has not: they must not go back
         return found
 
     def _scanner_here(self) -> Reader:

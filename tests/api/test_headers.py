@@ -22,7 +22,8 @@ ANSWERS = [
     ("HEAD", "/readyz", 200, 200),
     ("GET", "/metrics", 200, 200),
     ("GET", "/position", 200, 200),
-    ("GET", "/replicate?history=00000000000000000000000000000000", 409, 409),
+    ("GET", "/replicate?history=00000000000000000000000000000000&after=1", 409, 409),
+    ("GET", "/replicate", 410, 410),
     ("GET", "/nowhere", 404, 404),
     ("POST", "/set/headers", 405, 405),
 ]

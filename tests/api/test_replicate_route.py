@@ -49,7 +49,7 @@ def page_of(reply: Reply) -> Page:
 
 def everything(node: Node) -> Iterator[tuple[Page, int]]:
     """Yield all pages of *node*, as a follower asks for them, and how many bytes each had."""
-    position: dict[str, Any] = {}
+    position: dict[str, Any] = {"snapshot": "no"}
     while (reply := replicate(node, **position)).status != 204:
         page = page_of(reply)
         yield page, len(reply.body)
@@ -59,12 +59,24 @@ def everything(node: Node) -> Iterator[tuple[Page, int]]:
 # The table.
 
 
-def test_an_empty_follower_gets_the_first_page(leader: Node, written: dict[str, Any]) -> None:
+def test_an_empty_follower_is_sent_for_the_snapshot(leader: Node) -> None:
+    for parameters in ({}, {"after": 0}, {"after": 0, "chain": GENESIS.hex()}):
+        started_s = monotonic()
+        reply = replicate(leader, **parameters, wait=60)
+        assert monotonic() - started_s < SOON_S
+        assert (reply.status, reply.error) == (410, "compacted")
+        assert "GET /snapshot" in reply.json["message"]
+
+
+def test_an_empty_follower_that_can_do_without_the_snapshot_gets_the_first_page(
+    leader: Node, written: dict[str, Any]
+) -> None:
     for parameters in (
-        {},
-        {"after": 0},
-        {"after": 0, "chain": GENESIS.hex()},
+        {"snapshot": "no"},
+        {"snapshot": "no", "after": 0},
+        {"snapshot": "no", "after": 0, "chain": GENESIS.hex()},
         {"after": 0, "history": written["history"]},
+        {"after": 0, "history": "0123456789abcdef" * 2},  # one without changes: nothing is lost with it
     ):
         page = page_of(replicate(leader, **parameters))
         assert (page.history, page.epoch, page.after) == (written["history"], 1, 0)
@@ -130,7 +142,6 @@ def test_a_follower_of_another_sequence_is_diverged(leader: Node, written: dict[
     ask(leader, "PUT", "/set/replicated", b"2")
     for name, parameters in {
         "another history": at(written) | {"history": other},
-        "another history, empty": {"history": other},
         "ahead": at(written) | {"after": written["revision"] + 2},
         "far ahead": at(written) | {"after": 2**63 - 1},
         "another chain at the head": at(leader.position()) | {"chain": other},
@@ -154,7 +165,7 @@ def test_a_follower_of_another_sequence_is_diverged(leader: Node, written: dict[
         "durable=x", "durable=" + "0" * 20 + "9" * 50,
         "wait=-1", "wait=61", "wait=nan", "wait=1e1",
         "node=", "node=a%20b", "node=a/b", "node=%C3%A9", "node=" + "a" * 254,
-        "limit=1", "after=0&after=0",
+        "snapshot=", "snapshot=yes", "limit=1", "after=0&after=0",
     ],
 )  # fmt: skip
 def test_bad_parameters_are_refused(pair: Cluster, query: str) -> None:
@@ -223,7 +234,7 @@ def followers(node: Node) -> dict[str, tuple[int, int]]:
 
 def test_a_follower_acknowledges_with_its_next_request(leader: Node, written: dict[str, Any]) -> None:
     revision = written["revision"]
-    replicate(leader, node="by-hand")
+    replicate(leader, node="by-hand", snapshot="no")
     assert followers(leader)["by-hand"] == (0, revision)
     replicate(leader, **at(written), durable=revision - 1, node="by-hand")
     assert followers(leader)["by-hand"] == (revision - 1, 1)
@@ -233,9 +244,12 @@ def test_a_follower_acknowledges_with_its_next_request(leader: Node, written: di
     assert followers(leader)["by-hand"] == (revision, 1)
 
 
-def test_one_that_gives_no_name_or_is_diverged_acknowledges_nothing(leader: Node, written: dict[str, Any]) -> None:
+def test_one_that_gives_no_name_is_diverged_or_needs_a_snapshot_acknowledges_nothing(
+    leader: Node, written: dict[str, Any]
+) -> None:
     before = set(followers(leader))
     replicate(leader, **at(written))
+    replicate(leader, node="empty")
     replicate(leader, **at(written) | {"chain": "0" * 32}, node="diverged")
     assert set(followers(leader)) <= before
 

@@ -50,19 +50,32 @@ def test_a_json_status_tells_everything(pair: Cluster) -> None:
         status = json_status(node)
         assert set(status) == {
             "node", "role", "state", "ready", "reason", "history", "epoch", "revision", "chain", "floor", "keys",
-            "queue_bytes", "leader", "followers", "uptime_seconds", "version", "commits",
+            "queue_bytes", "leader", "followers", "uptime_seconds", "version", "commits", "free_bytes", "damage",
         }  # fmt: skip
         assert {name: status[name] for name in position} == position
         shown = {
             name: status[name]
-            for name in ("node", "role", "state", "ready", "reason", "epoch", "floor", "queue_bytes", "version")
+            for name in (
+                "node",
+                "role",
+                "state",
+                "ready",
+                "reason",
+                "epoch",
+                "floor",
+                "queue_bytes",
+                "version",
+                "damage",
+            )
         }
         assert shown == {
             "node": node.name, "role": role, "state": "serving", "ready": True, "reason": None, "epoch": 1, "floor": 0,
-            "queue_bytes": 0, "version": __version__,
+            "queue_bytes": 0, "version": __version__, "damage": None,
         }  # fmt: skip
         assert status["keys"] == len(ask(node, "GET", "/keys?limit=10000").json)
         assert isinstance(status["uptime_seconds"], float)
+        assert isinstance(status["free_bytes"], int)
+        assert status["free_bytes"] > 0
 
 
 def test_a_follower_tells_of_its_leader_and_the_leader_of_its_followers(pair: Cluster) -> None:
@@ -98,10 +111,10 @@ def test_other_clients_get_text(leader: Node, accept: str) -> None:
 
 
 def test_probes_are_answered_with_a_line_for_each_check(pair: Cluster) -> None:
-    for node in pair.nodes:
+    for node, part in zip(pair.nodes, (b"leading", b"synced"), strict=True):
         assert ask(node, "GET", "/livez").body == b"event loop: ok\n"
         ready = ask(node, "GET", "/readyz")
-        assert (ready.status, ready.body) == (200, b"store: ok\nrunning: ok\nsynced: ok\n")
+        assert (ready.status, ready.body) == (200, b"store: ok\nrunning: ok\n%s: ok\n" % part)
 
 
 def test_metrics_agree_with_the_status(pair: Cluster) -> None:
@@ -115,7 +128,7 @@ def test_metrics_agree_with_the_status(pair: Cluster) -> None:
         assert gauges == {name: status[name] for name in gauges}
         for label, choices in (
             ("role", {"leader", "follower"}),
-            ("state", {"starting", "syncing", "serving", "diverged", "stopped"}),
+            ("state", {"starting", "recovering", "syncing", "serving", "diverged", "failed", "draining", "stopped"}),
         ):
             told = {choice: shown[f"mehdb_{label}", frozenset({(label, choice)})] for choice in choices}
             assert {choice for choice, value in told.items() if value} == {status[label]}
@@ -124,6 +137,7 @@ def test_metrics_agree_with_the_status(pair: Cluster) -> None:
     assert follower["mehdb_lag_revisions", frozenset()] == 0
     assert follower["mehdb_leader_heard_seconds", frozenset()] >= 0
     assert ("mehdb_lag_revisions", frozenset()) not in leader
+    assert (shown["mehdb_damaged", frozenset()], shown["mehdb_volume_free_bytes", frozenset()] > 0) == (0, True)
     assert shown["process_resident_memory_bytes", frozenset()] > 1 << 20
 
 

@@ -310,7 +310,7 @@ async def prove(cluster: Cluster, *, count: int, rounds: int) -> None:
         assert contents(node.volume) == whole, f"{node.name} holds other rows than the leader"
     counts, compared = stage.counts, sum(len(lane.sight.seen) for lane in running)
     assert compared > len(took_s), "hardly anything was seen on the way"
-    print(  the proof's numbers
+    print(
         f"convergence: {len(took_s):,} schedules, {counts['faults']:,} faults, "
         f"{counts['restarts']:,} restarts, {len(chains) - 1:,} changes, {compared:,} positions compared, "
         f"{len(mismatches)} mismatches, equal after {median(took_s):.1f} s, at most {max(took_s):.1f} s"

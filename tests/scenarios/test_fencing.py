@@ -225,7 +225,7 @@ async def prove(cluster: Cluster, ways: list[Way]) -> None:
     assert len(stage.forked) >= len(ways)
     assert taken == 0
     assert chains(stage.follower.volume) == chains(stage.leader.volume)
-    print(  the proof's numbers
+    print(
         f"fencing: {counts['rounds']} rounds, {counts['pages']} pages, {counts['snapshots']} snapshots and "
         f"{counts['refusals']} refusals offered by the old leader, {taken} accepted"
     )

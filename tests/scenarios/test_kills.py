@@ -280,7 +280,7 @@ async def test_nothing_acknowledged_is_lost_by_kills_at_random_moments(cluster: 
     assert writers.in_doubt, "kills came in the middle of writes"
     assert writers.acknowledged > 50 * rounds, "a load worth the name"
     leader_kills = killer.kills[leader.name]
-    print(  the proof's last line
+    print(
         f"kill -9: {killer.total} kills ({leader_kills} leader, {killer.total - leader_kills} followers), "
         f"{writers.acknowledged} acknowledged writes, {len(writers.contradictions)} lost, positions equal after each"
     )

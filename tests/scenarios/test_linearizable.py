@@ -163,7 +163,7 @@ async def test_the_history_of_a_key_on_the_leader_is_linearizable(
     assert {op.kind for op in history} >= {Kind.WRITE, Kind.READ, Kind.IN_DOUBT}, "something of each"
     assert len(history) > kills * operations_between // 2
     assert check(made_stale(history), log) != [], "the control: one read that is stale by an eighth of the history"
-    print(f"linearizable: {len(history)} operations, {kills + kills // 5} kills, 0 violations")  the proof
+    print(f"linearizable: {len(history)} operations, {kills + kills // 5} kills, 0 violations")
 
 
 def made_stale(history: list[Operation]) -> list[Operation]:

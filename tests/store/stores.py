@@ -14,9 +14,9 @@ from typing import Any
 import apsw
 
 from mehdb.model import GENESIS, Chain, Change, Epoch, Page, Position, Revision
-from mehdb.store import Store, Write
+from mehdb.store import Store, StoreOptions, Write
 from mehdb.store.check import check
-from mehdb.store.schema import open_reader
+from mehdb.store.schema import CHECKSUM_BYTES, PAGE_SIZE, open_reader, use_page_checksums
 
 TABLES = ("meta", "entry", "change")
 
@@ -24,7 +24,7 @@ TABLES = ("meta", "entry", "change")
 @asynccontextmanager
 async def opened(directory: Path, **options: Any) -> AsyncIterator[Store]:
     """Have the store in *directory* open."""
-    store = await Store.open(directory, **options)
+    store = await Store.open(directory, StoreOptions(**options))
     try:
         yield store
     finally:
@@ -91,7 +91,8 @@ def chain_anew(changes: list[Change]) -> Chain:
 
 
 def sql(directory: Path, statements: str, bindings: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Run SQL on the file of a closed store, as no mehdb would."""
+    """Run SQL on the file of a closed store, as no mehdb would. The checksums of its pages are right afterwards."""
+    use_page_checksums()
     connection = apsw.Connection(str(directory / "store.db"))
     try:
         return connection.execute(statements, bindings).fetchall()
@@ -99,8 +100,31 @@ def sql(directory: Path, statements: str, bindings: tuple[Any, ...] = ()) -> lis
         connection.close()
 
 
+def checksum_of(page: bytes) -> bytes:
+    """Return the checksum at the end of a page by its definition (https://sqlite.org/cksumvfs.html), written anew."""
+    one = two = 0
+    for first, second in struct.iter_unpack("<II", page[:-CHECKSUM_BYTES]):
+        one = (one + first + two) & 0xFFFFFFFF
+        two = (two + second + one) & 0xFFFFFFFF
+    return struct.pack("<II", one, two)
+
+
+def rewrite(directory: Path, offset: int, data: bytes, *, right_checksum: bool) -> None:
+    """Put *data* into the file of a closed store behind its back; into one page, whose checksum may then be right."""
+    with (directory / "store.db").open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+        if right_checksum:
+            start = offset - offset % PAGE_SIZE
+            file.seek(start)
+            checksum = checksum_of(file.read(PAGE_SIZE))
+            file.seek(start + PAGE_SIZE - CHECKSUM_BYTES)
+            file.write(checksum)
+
+
 def tables_of(directory: Path) -> dict[str, list[tuple[Any, ...]]]:
     """Return every row of every table, of an open store or a closed one."""
+    use_page_checksums()
     connection = apsw.Connection(str(directory / "store.db"), flags=apsw.SQLITE_OPEN_READONLY)
     try:
         return {table: connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in TABLES}  # noqa: S608

@@ -1,16 +1,20 @@
-"""What a disk may do to a row behind the store's back: it is noticed, and never served."""
+"""What a disk may do to a row or a page behind the store's back: it is noticed, and never served.
+
+The checksum of its page is what notices first. Where a test is about the CRC of the row, the page's is right again.
+"""
 
 import itertools
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from mehdb.errors import DamagedRow
+from mehdb.errors import Damaged, DamagedRow, StoreFailed
 from mehdb.model import Position
-from mehdb.store import Write
+from mehdb.store import Store, Write, check_directory, require_sound
 from mehdb.store.reader import Reader
-from stores import enqueue, leading, opened, outcomes, put, sql
+from stores import enqueue, leading, opened, outcomes, put, rewrite, sql
 
 KEY: Final = b"the key"
 VALUE: Final = b"the value"
@@ -28,13 +32,15 @@ async def to_damage(directory: Path) -> Path:
     return directory
 
 
-def flip(directory: Path, offset: int, bit: int = 0) -> None:
-    """Flip one bit of the row in the file, *offset* bytes from its key; its CRC follows the last of `ROW`."""
-    path = directory / "store.db"
-    data = bytearray(path.read_bytes())
+def flip(directory: Path, offset: int, bit: int = 0, *, right_checksum: bool = True) -> None:
+    """Flip one bit of the row in the file, *offset* bytes from its key; its CRC follows the last of `ROW`.
+
+    The page's checksum is right again, or else it notices before the row's CRC can.
+    """
+    data = (directory / "store.db").read_bytes()
     assert data.count(ROW) == 1
-    data[data.index(ROW) + offset] ^= 1 << bit
-    path.write_bytes(data)
+    place = data.index(ROW) + offset
+    rewrite(directory, place, bytes([data[place] ^ 1 << bit]), right_checksum=right_checksum)
 
 
 @pytest.mark.parametrize("bit", [0, 7])
@@ -71,9 +77,42 @@ async def test_no_bit_of_a_row_can_flip_unseen(to_damage: Path) -> None:
         (to_damage / "store.db").write_bytes(original)
         flip(to_damage, offset, bit)
         reader = Reader(to_damage)
-        with pytest.raises(DamagedRow):
+        no_utf8 = bit == 7 and offset >= len(KEY + VALUE)
+        with pytest.raises(DamagedRow, match="cannot be read" if no_utf8 else "the change of revision 2"):
             reader.get(KEY, 1 << 20)
         reader.close()
+
+
+@pytest.mark.parametrize("table", ["sqlite_schema", "change", "entry", "meta"])
+@pytest.mark.parametrize("place", ["in the middle, which no row uses", "in the checksum"])
+async def test_a_page_that_does_not_match_its_checksum_is_never_read_from(
+    to_damage: Path, table: str, place: str
+) -> None:
+    [(number,)] = sql(to_damage, "SELECT pageno FROM dbstat WHERE name = ?", (table,))
+    offset = 4096 * number - (1 if place == "in the checksum" else 2000)
+    byte = (to_damage / "store.db").read_bytes()[offset]
+    rewrite(to_damage, offset, bytes([byte ^ 4]), right_checksum=False)
+    with suppress(StoreFailed):  # of the first page, nothing more can be said
+        assert (check_directory(to_damage)).problems
+        assert table != "sqlite_schema"
+    if table == "entry":  # what opening has no need of
+        async with opened(to_damage) as store:
+            with pytest.raises(DamagedRow, match="'the key' cannot be read"):
+                await store.get(KEY)
+            with pytest.raises(DamagedRow, match="index"):
+                await store.keys()
+            with pytest.raises(DamagedRow, match="nothing was written"):
+                await put(store, b"new", b"1")
+            assert store.damage is not None
+            assert not store.failure.done()
+            page = await store.page_after(Position())
+            assert page is not None
+            assert page.end == store.position  # the log is as good as ever
+    else:
+        with pytest.raises(Damaged):
+            await Store.open(to_damage)
+        with pytest.raises(Damaged):
+            require_sound(to_damage)
 
 
 async def test_a_damaged_row_can_be_written_anew(to_damage: Path) -> None:
@@ -118,13 +157,11 @@ async def test_an_index_that_leads_to_a_deletion_is_damage(directory: Path) -> N
 async def test_a_torn_page_of_the_file_is_never_served(directory: Path) -> None:
     async with leading(directory) as store:
         await outcomes(await enqueue(store, [Write(b"key-%03d" % n, b"value" * 50) for n in range(200)]))
-    [(number,)] = sql(directory, "SELECT max(pageno) FROM dbstat WHERE name = 'change'")
-    with (directory / "store.db").open("r+b") as file:
-        file.seek((number - 1) * 4096)
-        file.write(b"\xa5" * 4096)
+    [(number,)] = sql(directory, "SELECT pageno FROM dbstat WHERE name = 'change' AND path = '/007/'")
+    rewrite(directory, (number - 1) * 4096, b"\xa5" * 4096, right_checksum=False)
     async with opened(directory) as store:
         with pytest.raises(DamagedRow):
-            await store.get(b"key-199")
+            await store.get(b"key-100")
         with pytest.raises(DamagedRow):
             await store.page_after(Position())
         change = await store.get(b"key-000")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mehdb.errors import DirectoryInUse, StoreFailed
+from mehdb.errors import Damaged, DirectoryInUse, StoreFailed
 from mehdb.store import Store
 from mehdb.store.lock import DirectoryLock
 from stores import child, leading, opened, put
@@ -59,7 +59,7 @@ async def test_one_process_cannot_open_a_store_twice(directory: Path) -> None:
 async def test_a_store_that_cannot_be_opened_lets_the_directory_go(volume: Path) -> None:
     (volume / "store.db").write_bytes(b"no database" * 1000)
     for _ in range(2):
-        with pytest.raises(StoreFailed):
+        with pytest.raises(Damaged):
             await Store.open(volume)
     DirectoryLock(volume).release()
 

@@ -16,6 +16,7 @@ from mehdb.store.log import Log, decide
 from mehdb.store.schema import open_writer
 from stores import chain_anew, problems_of, seal_anew, sql, tables_of
 
+RETAIN: Final = 1000  # more than these tests write: nothing is compacted
 HISTORY: Final = History("0123456789abcdef" * 2)
 OTHER_HISTORY: Final = History("f" * 32)
 BEFORE: Final = [Change(Revision(1), b"a", b"1"), Change(Revision(2), b"b", b"2", "text/plain")]
@@ -32,7 +33,7 @@ GOOD: Final = Page(HISTORY, Epoch(3), Revision(2), chain_anew(BEFORE + CHANGES),
 def log(volume: Path) -> Iterator[Log]:
     """The log of a follower that holds `BEFORE` and has seen epoch 3."""
     connection = open_writer(volume)
-    log = Log(connection)
+    log = Log(connection, RETAIN)
     log.apply(Page(HISTORY, Epoch(3), ORIGIN, chain_anew(BEFORE), tuple(BEFORE)))
     yield log
     connection.close()
@@ -203,7 +204,7 @@ def test_pages_of_a_forked_leader_are_refused(log: Log) -> None:
 def empty(tmp_path: Path) -> Iterator[Log]:
     """The log of a store that has seen no leader."""
     connection = open_writer(tmp_path)
-    yield Log(connection)
+    yield Log(connection, RETAIN)
     connection.close()
 
 
@@ -224,11 +225,23 @@ def test_an_empty_store_takes_no_history_from_a_page_that_it_refuses(empty: Log)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
-def test_an_empty_store_adopts_a_history_and_keeps_it(empty: Log, tmp_path: Path, epoch: int) -> None:
+def test_an_empty_store_adopts_a_history_and_keeps_it_from_its_first_change_on(
+    empty: Log, tmp_path: Path, epoch: int
+) -> None:
     empty.adopt(HISTORY, Epoch(epoch))
+    assert sql(tmp_path, "SELECT history, epoch, head FROM meta") == [(HISTORY, epoch, 0)]
+    empty.write([Write(b"k", b"v")])
     with pytest.raises(Diverged, match=OTHER_HISTORY):
         empty.adopt(OTHER_HISTORY, Epoch(epoch))
-    assert sql(tmp_path, "SELECT history, epoch, head FROM meta") == [(HISTORY, epoch, 0)]
+    assert sql(tmp_path, "SELECT history, epoch, head FROM meta") == [(HISTORY, epoch, 1)]
+
+
+@pytest.mark.parametrize("epoch", [0, 3, 9])
+def test_an_empty_store_takes_another_history_and_its_epoch(empty: Log, epoch: int) -> None:
+    """Nothing is lost with a history without changes, and epochs of two histories cannot be compared."""
+    empty.adopt(HISTORY, Epoch(4))
+    empty.adopt(OTHER_HISTORY, Epoch(epoch))
+    assert (empty.meta.history, empty.meta.epoch, empty.meta.head) == (OTHER_HISTORY, epoch, 0)
 
 
 def test_an_epoch_is_never_lowered(directory: Path, log: Log) -> None:
@@ -249,5 +262,5 @@ def test_what_a_log_says_after_a_refusal_is_what_the_disk_holds(directory: Path,
         with pytest.raises(MehdbError):
             log.apply(page)
     connection = open_writer(directory)
-    assert Log(connection).meta == log.meta
+    assert Log(connection, RETAIN).meta == log.meta
     connection.close()

@@ -6,13 +6,12 @@ from typing import Final
 
 import pytest
 
-from mehdb.errors import Compacted, Diverged, KeyNotFound, PeerAnswerInvalid, StaleEpoch
+from mehdb.errors import Diverged, KeyNotFound, PeerAnswerInvalid, StaleEpoch
 from mehdb.model import (
     GENESIS,
     KEY_BYTES_MAX,
     ORIGIN,
     PAGE_BYTES,
-    Chain,
     Change,
     Epoch,
     History,
@@ -35,9 +34,7 @@ from stores import (
     next_page,
     opened,
     outcomes,
-    problems_of,
     put,
-    sql,
 )
 
 OTHER_HISTORY: Final = History("f" * 32)
@@ -328,7 +325,6 @@ async def test_a_position_that_is_no_place_in_the_history_is_diverged(leader: St
         elsewhere(head, revision=Revision(3)),
         elsewhere(head, revision=ORIGIN),
         elsewhere(head, history=OTHER_HISTORY),
-        Position(OTHER_HISTORY),
         Position(None, Revision(3), GENESIS),
         Position(None, ORIGIN, head.chain),
     ]
@@ -337,50 +333,17 @@ async def test_a_position_that_is_no_place_in_the_history_is_diverged(leader: St
             await leader.page_after(position)
 
 
-async def test_a_follower_of_another_history_is_diverged_from_an_empty_node(follower: Store) -> None:
+async def test_a_follower_with_changes_of_another_history_is_diverged_from_an_empty_node(follower: Store) -> None:
     with pytest.raises(Diverged):
-        await follower.page_after(Position(OTHER_HISTORY))
+        await follower.page_after(Position(OTHER_HISTORY, Revision(1), GENESIS))
 
 
-@pytest.fixture
-async def compacted(directory: Path) -> Path:
-    """A closed store of ten changes to two keys, from which those superseded below revision 6 are gone."""
-    async with leading(directory) as store:
-        for n in range(10):
-            await put(store, b"key-%d" % (n % 2), b"%d" % n)
-    sql(directory, "DELETE FROM change WHERE revision < 6; UPDATE meta SET floor = 6")
-    assert problems_of(directory) == ()
-    return directory
-
-
-@pytest.mark.parametrize("revision", [0, 1, 5])
-async def test_a_position_behind_the_floor_is_compacted(compacted: Path, revision: int) -> None:
-    async with opened(compacted) as store:
-        with pytest.raises(Compacted, match=f"revision {revision} is behind the floor 6"):
-            await store.page_after(Position(store.meta.history, Revision(revision), GENESIS))
-
-
-async def test_pages_go_on_from_the_floor(compacted: Path) -> None:
-    [(chain,)] = sql(compacted, "SELECT chain FROM change WHERE revision = 6")
-    async with opened(compacted) as store:
-        page = await store.page_after(Position(store.meta.history, Revision(6), Chain(chain)))
-        assert page is not None
-        assert [change.revision for change in page.changes] == [7, 8, 9, 10]
-        assert page.end == store.position
-        with pytest.raises(Diverged):
-            await store.page_after(Position(store.meta.history, Revision(6), GENESIS))
-
-
-async def test_a_page_never_has_a_hole(compacted: Path) -> None:
-    """Compaction may come between the look at the floor and the reading of the rows."""
-    async with opened(compacted) as store:
-        reader = Reader(compacted)
-        for after in (0, 4):
-            with pytest.raises(Compacted):
-                reader.page(Revision(after), store.meta, PAGE_BYTES)
-        with pytest.raises(Compacted):
-            reader.chain(Revision(3))
-        reader.close()
+async def test_a_history_without_changes_is_none_to_diverge_from(leader: Store) -> None:
+    """A node that led alone for a moment and accepted nothing takes the history of those that did."""
+    await fill(leader, 3)
+    page = await leader.page_after(Position(OTHER_HISTORY))
+    assert page is not None
+    assert page.end == leader.position
 
 
 # Waiting.

@@ -9,9 +9,12 @@ import apsw
 import pytest
 
 from disk import DATABASE, WAL, Disk
-from mehdb.errors import DiskFull, Diverged, KeyNotFound, QueueFull, Stopping, StoreFailed
+from mehdb.errors import Damaged, DiskFull, Diverged, KeyNotFound, QueueFull, Stopping, StoreFailed
 from mehdb.model import Epoch, History, Position
 from mehdb.store import Store, Write
+from mehdb.store.log import Log
+from mehdb.store.mark import AcknowledgedMark
+from mehdb.store.room import Room
 from mehdb.store.schema import open_writer
 from mehdb.store.writer import BATCH_BYTES_MAX, BATCH_WRITES_MAX, CHECKPOINT_PAGES, WRITE_OVERHEAD_BYTES, Writer
 from stores import child, enqueue, leading, next_page, opened, outcomes, put, sql, tables_of, until
@@ -162,6 +165,7 @@ async def test_many_writers_need_far_fewer_commits_than_writes(leader: Store) ->
 
 
 async def test_what_failed_is_not_counted_as_a_commit(leader: Store) -> None:
+    await put(leader, b"k", b"v")
     commits = leader.commits
     with pytest.raises(Diverged):
         await leader.adopt(HISTORY, leader.meta.epoch)
@@ -350,7 +354,7 @@ async def test_a_page_that_found_no_room_can_be_applied_again(disk: Disk, leader
     await outcomes(await enqueue(leader, sets(10)))
     page = await next_page(leader, follower)
     await until(lambda: leader.queue_bytes == 0)
-    disk.fail_next("write", WAL, apsw.FullError("injected"))
+    disk.fail_next("write", WAL, apsw.FullError("injected"), times=2)  # the second with the ballast given up
     with pytest.raises(DiskFull):
         await follower.apply(page)
     assert follower.position == Position()
@@ -361,7 +365,11 @@ async def test_a_page_that_found_no_room_can_be_applied_again(disk: Disk, leader
 async def test_sqlite_that_may_not_grow_its_file_reports_a_full_disk(volume: Path) -> None:
     """SQLite's own limit on the pages of a file, which it answers like a volume without room."""
     connection = open_writer(volume)
-    writer = Writer(connection, 64 << 20, lambda: None)
+    failure: asyncio.Future[StoreFailed] = asyncio.get_running_loop().create_future()
+    writer = Writer(
+        connection, Log(connection, 1000), AcknowledgedMark.open(volume), Room(volume, 0),
+        queue_bytes_max=64 << 20, on_commit=lambda: None, failure=failure,
+    )  # fmt: skip
 
     async def allow(pages: int) -> None:
         await writer.run(lambda _: connection.pragma("max_page_count", pages))
@@ -373,7 +381,7 @@ async def test_sqlite_that_may_not_grow_its_file_reports_a_full_disk(volume: Pat
         with pytest.raises(DiskFull, match="make room"):
             await writer.write(Write(b"large", bytes(1 << 20)))
     assert await writer.write(Write(b"small", b"2")) == 2
-    assert not writer.failure.done()
+    assert not failure.done()
     await allow(1 << 30)
     assert await writer.write(Write(b"large", bytes(1 << 20))) == 3
     await writer.close()
@@ -427,5 +435,5 @@ async def test_the_kernels_refusal_of_a_write_is_final(directory: Path) -> None:
 def test_a_log_that_cannot_be_read_is_no_writer(tmp_path: Path) -> None:
     open_writer(tmp_path).close()
     sql(tmp_path, "DELETE FROM meta")
-    with pytest.raises(StoreFailed, match="`meta` has no row"):
+    with pytest.raises(Damaged, match="`meta` has no row"):
         open_writer(tmp_path)
