@@ -5,7 +5,7 @@
     │   ├── MalformedRequest, BadKey, BadParameter, BadBody  400
     │   ├── KeyNotFound, RouteNotFound                     404
     │   ├── MethodNotAllowed                               405
-    │   ├── BodyTooSlow                                    408
+    │   ├── BodyTooSlow, HeadTooSlow                       408
     │   ├── ValueTooLarge                                  413
     │   └── ExpectationFailed                              417
     ├── NotNow              nobody's fault: the same request may succeed later
@@ -99,6 +99,13 @@ class BodyTooSlow(RequestError):
     """The body stalled, or came slower than the server waits for."""
 
     code = "body_too_slow"
+    status = 408
+
+
+class HeadTooSlow(RequestError):
+    """The head of a request was begun, and took longer than the server waits for."""
+
+    code = "head_too_slow"
     status = 408
 
 

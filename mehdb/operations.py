@@ -27,6 +27,7 @@ from mehdb.store import (
     check_directory,
     install,
     make_snapshot,
+    missing_behind,
     new_history,
     read_mark,
     require_sound,
@@ -61,9 +62,7 @@ def check(directory: Path, on_step: OnStep) -> Found:
     with _usable(directory):
         mark = read_mark(directory)  # before the store, which goes on being written
         report = check_directory(directory, lambda done, total: on_step("check", done, total))
-    position = report.position
-    missing = mark.revision - position.revision if mark and mark.history == position.history else 0
-    return Found(report, max(0, missing))
+    return Found(report, missing_behind(mark, report.position))
 
 
 def check_file(path: Path, on_step: OnStep) -> Meta:

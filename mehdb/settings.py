@@ -148,10 +148,13 @@ class Settings:
     max_value: int = _setting("MEHDB_MAX_VALUE", _size(1, VALUE_BYTES_LIMIT), "8MiB", "The largest value taken.")
     queue_size: int = _setting(
         "MEHDB_QUEUE_SIZE", _size(PAGE_BYTES, 1 << 34), "64MiB",
-        "How many bytes may arrive at once, and how many may wait to be written, before a 503.",
+        "How many bytes may arrive at once, wait to be written, or be on their way out, each before a 503.",
     )  # fmt: skip
     body_timeout: float = _setting(
-        "MEHDB_BODY_TIMEOUT", _seconds(0.1, 3600), "30", "How long a request's body may stall, before a 408."
+        "MEHDB_BODY_TIMEOUT",
+        _seconds(0.1, 3600),
+        "30",
+        "How long a client may stall, sending a body or reading an answer.",
     )
     keepalive_timeout: float = _setting(
         "MEHDB_KEEPALIVE_TIMEOUT", _seconds(1, 3600), "75", "How long an idle connection is kept open."
@@ -177,7 +180,7 @@ class Settings:
     )  # fmt: skip
     grace_period: float = _setting(
         "MEHDB_GRACE_PERIOD", _seconds(0.1, 86400), "30",
-        "What the pod is given to stop (terminationGracePeriodSeconds): the three times above must fit into it.",
+        "What preStop leaves of the pod's terminationGracePeriodSeconds: the three times above must fit into it.",
     )  # fmt: skip
     disk_reserve: int = _setting(
         "MEHDB_DISK_RESERVE", _size(0, 1 << 40), "64MiB",

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Final
 
-from mehdb.errors import Damaged, PeerAnswerInvalid
+from mehdb.errors import Damaged, PeerAnswerInvalid, UnknownSchema
 from mehdb.peers import Peer
 from mehdb.store import Meta, verify_snapshot
 
@@ -47,6 +47,8 @@ async def fetch(peer: Peer, path: Path, on_step: OnStep | None = None) -> Meta:
         await asyncio.to_thread(path.unlink, missing_ok=True)
         if isinstance(error, Damaged):
             raise PeerAnswerInvalid(f"the snapshot of {peer.url} is damaged, as that store is: {error}") from error
+        if isinstance(error, UnknownSchema):  # of what came, not of this node's own store: no reason to end
+            raise PeerAnswerInvalid(f"what {peer.url} sends is no store of this version: {error}") from error
         raise
 
 

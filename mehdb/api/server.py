@@ -19,7 +19,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
 from mehdb.api.app import Api
-from mehdb.errors import MalformedRequest, MehdbError, RequestError
+from mehdb.errors import HeadTooSlow, MalformedRequest, MehdbError, RequestError
 
 log = logging.getLogger("mehdb.api")
 
@@ -28,13 +28,6 @@ HEAD_BYTES_MAX: Final = 32 << 10  # of a head that comes in pieces: what many ha
 HEADERS_MAX: Final = 64  # with aiohttp's 8 KiB for each
 PICKED_AT_ONCE: Final = 64  # looking through all connections for those to close is shared by so many new ones
 CALM_S: Final = 60.0  # without too many connections, before the next time is told again
-
-
-class HeadTooSlow(RequestError):
-    """The head of a request was begun, and took longer than the server waits for."""
-
-    code = "head_too_slow"
-    status = 408
 
 
 class Patience(NamedTuple):
@@ -136,9 +129,11 @@ class _Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Parse *data*, and see that the head of a request does not take too long."""
+        requests = self._request_count
+        content = self._messages[-1][1] if self._messages else self.content
+        in_head = content.is_eof() and not self._upgraded and not self._buffer_paused
         super().data_received(data)
-        # The first bytes may come before aiohttp has begun to wait for them.
-        if self._request_count and (self._waiter is None or self._waiter.done()):  # a request is under way
+        if self._request_count != requests or not in_head:
             if self._head_timer is not None:
                 self._head_came()
         elif self._head_bytes or data.strip(b"\r\n"):  # empty lines before a request are none (RFC 9112, 2.2)
@@ -183,7 +178,7 @@ class _Connection(web.RequestHandler):
             self.force_close()
 
     def _refuse(self, error: RequestError) -> None:
-        """Answer *error* to a head that is not whole, just as if the parser had refused it."""
+        """Answer *error* to a head that is not whole, after what was asked before, as if the parser had refused it."""
         self._head_came()
         self._messages.append((_ErrInfo(error.status, error, str(error)), EMPTY_PAYLOAD))
         if self._waiter is not None and not self._waiter.done():

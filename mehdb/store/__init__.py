@@ -21,7 +21,7 @@ from mehdb.store.check import CheckReport, OnProgress, check_directory
 from mehdb.store.lock import DirectoryLock, lock_holder
 from mehdb.store.log import Write
 from mehdb.store.mark import read_mark, write_mark
-from mehdb.store.schema import Meta, new_history, require_sound, sync_directory
+from mehdb.store.schema import Meta, missing_behind, new_history, require_sound, sync_directory
 from mehdb.store.session import StoreOptions
 from mehdb.store.snapshot import (
     Snapshot,
@@ -36,6 +36,6 @@ from mehdb.store.store import Store
 
 __all__ = [
     "CheckReport", "DirectoryLock", "Meta", "OnProgress", "Snapshot", "Store", "StoreOptions", "Write", "abandon",
-    "begin_new_history", "check_directory", "install", "keep_copy", "lock_holder", "make_snapshot", "new_history",
-    "read_mark", "require_sound", "sync_directory", "verify_snapshot", "write_mark",
+    "begin_new_history", "check_directory", "install", "keep_copy", "lock_holder", "make_snapshot", "missing_behind",
+    "new_history", "read_mark", "require_sound", "sync_directory", "verify_snapshot", "write_mark",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ Reads one consistent state of a store, live or not, and changes nothing. Memory 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from time import sleep
@@ -14,7 +14,7 @@ import apsw
 
 from mehdb.errors import DamagedRow, StoreFailed
 from mehdb.model import GENESIS, ORIGIN, Chain, Change, Position
-from mehdb.store.schema import SCHEMA_VERSION, Meta, is_damage, open_reader, read_meta
+from mehdb.store.schema import FILE_NAME, PAGE_SIZE, SCHEMA_VERSION, Meta, is_damage, open_reader, read_meta
 from mehdb.store.seal import seal
 
 PROBLEMS_MAX: Final = 100  # enough to see the pattern; a wholly damaged store has one for each row
@@ -53,11 +53,14 @@ def check_directory(directory: Path, on_progress: OnProgress = lambda _done, _al
     try:
         connection = open_reader(directory)
         try:
-            return check(connection, on_progress)
+            report = check(connection, on_progress)
         finally:
             connection.close()
     except apsw.Error as error:
         raise StoreFailed(f"the store in {directory} cannot be opened: {error}") from error
+    if (directory / FILE_NAME).stat().st_size % PAGE_SIZE:  # which has no checksum that is verified
+        report = replace(report, problems=("the file ends within a page", *report.problems))
+    return report
 
 
 def check(connection: apsw.Connection, on_progress: OnProgress = lambda _done, _all: None) -> CheckReport:

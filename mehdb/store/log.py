@@ -4,6 +4,7 @@ The invariant it owns: `meta`, `entry` and `change` move together, and `Log.meta
 Only the writer thread uses it.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,6 +55,9 @@ def decide(writes: Iterable[Write], live: set[bytes], head: Revision) -> tuple[l
 COMPACT: Final = """
     DELETE FROM change WHERE revision > ?1 AND revision <= ?2 AND NOT EXISTS (
         SELECT 1 FROM entry WHERE entry.key = change.key AND entry.revision = change.revision)"""
+# What is live is behind the window for good, once that has passed it: so it goes when it is superseded, or never.
+COMPACT_SUPERSEDED: Final = """
+    DELETE FROM change WHERE revision IN (SELECT revision FROM entry WHERE key IN carray(?1) AND revision <= ?2)"""
 COMPACT_FACTOR: Final = 2  # changes looked at for each one written: a backlog shrinks while writes go on
 COMPACT_STEP: Final = 500  # changes looked at in one transaction when nothing else is to do: a few milliseconds
 
@@ -95,6 +99,11 @@ class Log:
     def reusable_bytes(self) -> int:
         """Return how much of the file is free for new rows."""
         return int(self._connection.pragma("freelist_count")) * PAGE_SIZE
+
+    def owed_bytes(self) -> int:
+        """Return by how much the file grows when a checkpoint moves into it what is in the WAL."""
+        size_bytes = os.stat(self._connection.filename).st_size  # noqa: PTH116  as quick as it gets: before each batch
+        return max(0, int(self._connection.pragma("page_count")) * PAGE_SIZE - size_bytes)
 
     def write(self, writes: Sequence[Write]) -> list[Outcome]:
         """Commit *writes* in one transaction and return an outcome for each, in order."""
@@ -155,6 +164,8 @@ class Log:
             crc, chain = seal(chain, change)
             rows.append((*_columns(change), crc, chain))
         newest = {change.key: change for change in changes}
+        if meta.floor and self.compacts:
+            self._connection.execute(COMPACT_SUPERSEDED, (apsw.carray(tuple(newest)), meta.floor))
         execute = self._connection.executemany
         execute("INSERT INTO change VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         execute(

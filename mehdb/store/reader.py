@@ -21,6 +21,9 @@ GET: Final = """
         iif(length(value) <= ?2, content_type, NULL), iif(length(value) <= ?2, expires_at, NULL),
         iif(length(value) <= ?2, crc, NULL)
     FROM change WHERE revision = (SELECT revision FROM entry WHERE key = ?1)"""
+DANGLING: Final = """
+    SELECT revision FROM entry
+    WHERE key = ? AND NOT EXISTS (SELECT 1 FROM change WHERE change.revision = entry.revision)"""
 KEYS: Final = "SELECT key FROM entry WHERE key >= ? AND key < ? ORDER BY key LIMIT ?"
 CHAIN: Final = "SELECT chain FROM change WHERE revision = ?"
 CHANGES: Final = """
@@ -58,12 +61,15 @@ class Reader:
         try:
             # All rows, though there is one at most: a statement that has not ended holds its snapshot.
             rows = self._cursor.execute(GET, (key, value_bytes_max)).fetchall()
+            dangling = [] if rows else self._cursor.execute(DANGLING, (key,)).fetchall()
         except (apsw.Error, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
             raise DamagedRow(
                 f"the key {_shown(key)} cannot be read from this node's disk, as a page is damaged: read another node"
             ) from error
+        for (revision,) in dangling:
+            raise _damaged_change(revision, key)
         if not rows:
             return None
         columns: tuple[Any, ...] = rows[0]
@@ -72,10 +78,7 @@ class Reader:
             raise LargeValue
         change = Change(revision, stored_key, value, content_type, expires_at)
         if change.key != key or change.value is None or crc(change) != expected_crc:
-            raise DamagedRow(
-                f"the change of revision {revision}, of the key {_shown(key)}, is damaged on this node's disk: read "
-                "another node"
-            )
+            raise _damaged_change(revision, key)
         return change
 
     def keys(self, prefix: bytes, after: bytes, limit: int) -> list[bytes]:
@@ -137,6 +140,13 @@ class Reader:
 
 def _shown(key: bytes) -> str:
     return repr(key.decode(errors="backslashreplace"))
+
+
+def _damaged_change(revision: int, key: bytes) -> DamagedRow:
+    return DamagedRow(
+        f"the change of revision {revision}, of the key {_shown(key)}, is damaged on this node's disk: "
+        "read another node"
+    )
 
 
 def _damaged(revision: int) -> DamagedRow:

@@ -35,7 +35,7 @@ class Room:
         return min(self._reserve_bytes, volume.f_blocks * volume.f_frsize // RESERVE_SHARE)
 
     def lacks(self, reusable_bytes: int = 0) -> bool:
-        """Return whether less than the reserve is left. *reusable_bytes* are free inside the database's file."""
+        """Return whether less than the reserve is left. *reusable_bytes* are free in the file, or owed to it."""
         return self.free_bytes() + reusable_bytes < self.reserve_bytes()
 
     def take_ballast(self) -> None:

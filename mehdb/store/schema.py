@@ -125,6 +125,7 @@ def open_writer(directory: Path) -> apsw.Connection:
     path = directory / FILE_NAME
     if not path.exists():
         _create(directory)
+    _fill_last_page(directory)
     connection = _connect(path, apsw.SQLITE_OPEN_READWRITE)
     try:
         # A file that is not ours, or not sound, keeps its WAL too: closing would move that into it.
@@ -137,11 +138,35 @@ def open_writer(directory: Path) -> apsw.Connection:
         connection.execute(f"PRAGMA cache_size = -{WRITER_CACHE_KIB}")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_KEPT}").fetchall()
         # What a killed process wrote into the WAL may not be synced, yet SQLite would show it: a checkpoint syncs it.
-        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        try:
+            connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        except apsw.FullError:  # then the WAL stays as it is, synced too: what is there can be read all the same
+            sync_file(directory / WAL_NAME)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _fill_last_page(directory: Path) -> None:
+    """Have the file end with a whole page. Raises `Damaged` if nothing explains that it does not.
+
+    What is missing of a page, SQLite reads as zeros, and cksumvfs verifies none that it cannot read whole. A checkpoint
+    that the power ended leaves such a page as well, but then the WAL still has it.
+    """
+    path = directory / FILE_NAME
+    size_bytes = path.stat().st_size
+    if size_bytes % PAGE_SIZE:
+        with path.open("rb") as file:
+            ours = file.read(100)[68:72] == APPLICATION_ID.to_bytes(4, "big")  # https://sqlite.org/fileformat.html
+        if ours and not _has_frames(directory / WAL_NAME):
+            raise Damaged(f"{path} ends within a page")
+        if ours:
+            os.truncate(path, size_bytes + -size_bytes % PAGE_SIZE)
+
+
+def _has_frames(wal: Path) -> bool:
+    return wal.exists() and wal.stat().st_size > 0
 
 
 def _require_wal(connection: apsw.Connection, path: Path) -> None:
@@ -152,7 +177,10 @@ def _require_wal(connection: apsw.Connection, path: Path) -> None:
 def open_reader(directory: Path) -> apsw.Connection:
     """Open the store in *directory* for reading. The connection is for one thread at a time."""
     use_page_checksums()
-    connection = _connect(directory / FILE_NAME, apsw.SQLITE_OPEN_READONLY)
+    if not (directory / WAL_NAME).exists() and os.statvfs(directory).f_flag & os.ST_RDONLY:
+        connection = open_copy(directory / FILE_NAME)  # SQLite would make a WAL, and nobody can: it is all in one file
+    else:
+        connection = _connect(directory / FILE_NAME, apsw.SQLITE_OPEN_READONLY)
     connection.execute(f"PRAGMA cache_size = -{READER_CACHE_KIB}")
     return connection
 
@@ -192,31 +220,50 @@ def verify_opened(connection: apsw.Connection, directory: Path) -> Meta:
         raise Damaged(f"{path} has 0 bytes")
     try:
         refuse_other_schema(connection, path)
-        if not connection.pragma("checksum_verification"):
+        if not verifies_checksums(connection):
             raise Damaged(f"{path} has lost its page checksums: its first page is damaged")
+        require_whole_pages(path)
         meta = read_meta(connection)
         _verify_head(connection, meta)
     except (apsw.Error, UnicodeDecodeError, DamagedRow) as error:
         if is_damage(error) or isinstance(error, apsw.SQLError | DamagedRow):
             raise Damaged(f"{path} cannot be trusted: {error}") from error
         raise
-    mark = read_mark(directory)
-    if mark is not None and mark.history == meta.history and mark.revision > meta.head:
-        missing = mark.revision - meta.head
+    if missing := missing_behind(read_mark(directory), meta.position):
         raise Damaged(
-            f"{path} ends at revision {meta.head}, but {mark.revision} has been acknowledged: {missing} changes are "
-            "missing at its end",
+            f"{path} ends at revision {meta.head}, but {meta.head + missing} has been acknowledged: {missing} changes "
+            "are missing at its end",
             missing,
         )
     return meta
 
 
+def verifies_checksums(connection: apsw.Connection) -> bool:
+    """Return whether the file that *connection* has read from has page checksums, which its first page says."""
+    return str(connection.pragma("checksum_verification")) == "1"  # cksumvfs answers in text, and others not at all
+
+
+def require_whole_pages(path: Path) -> None:
+    """Raise `Damaged` if the file ends within a page: cksumvfs does not verify that one."""
+    if path.stat().st_size % PAGE_SIZE:
+        raise Damaged(f"{path} ends within a page")
+
+
+def missing_behind(mark: Position | None, position: Position) -> int:
+    """Return how many acknowledged changes a store at *position* lacks at its end, as *mark* has it."""
+    # One at its origin may lack its history too: until the first checkpoint, all of it is in the WAL. Another history
+    # with changes has been installed, by a process that ended before it could write the mark.
+    if mark is None or (mark.history != position.history and position.revision > ORIGIN):
+        return 0
+    return max(0, mark.revision - position.revision)
+
+
 def read_meta(connection: apsw.Connection) -> Meta:
-    """Return the row of `meta` as *connection* sees it. Raises `DamagedRow` if it is gone."""
-    row = connection.execute("SELECT history, epoch, head, chain, floor, keys FROM meta").get
-    if row is None:
-        raise DamagedRow("`meta` has no row")
-    return Meta(*row)
+    """Return the row of `meta` as *connection* sees it. Raises `DamagedRow` if that is gone."""
+    rows = connection.execute("SELECT history, epoch, head, chain, floor, keys FROM meta").fetchall()
+    if len(rows) != 1 or None in rows[0][1:]:
+        raise DamagedRow("`meta` has not one row")
+    return Meta(*rows[0])
 
 
 def _create(directory: Path) -> None:

@@ -33,9 +33,11 @@ from mehdb.store.schema import (
     open_reader,
     read_meta,
     refuse_other_schema,
+    require_whole_pages,
     sync_directory,
     sync_file,
     use_page_checksums,
+    verifies_checksums,
 )
 
 INCOMING: Final = f"{FILE_NAME}.incoming"  # what arrives, until it is whole and verified
@@ -120,8 +122,9 @@ def verify_snapshot(path: Path, on_progress: OnProgress = lambda _done, _all: No
         raise Damaged(f"{path} cannot be opened: {error}") from error
     try:
         refuse_other_schema(connection, path)
-        if not connection.pragma("checksum_verification"):
+        if not verifies_checksums(connection):
             raise Damaged(f"{path} has no page checksums")
+        require_whole_pages(path)
         report = check(connection, on_progress)
         if report.problems:
             raise Damaged(f"{path} is damaged: {report.problems[0]}")

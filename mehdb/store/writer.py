@@ -19,7 +19,7 @@ from mehdb.errors import DamagedRow, DiskFull, MehdbError, NotNow, QueueFull, Re
 from mehdb.store.log import Log, Outcome, Write
 from mehdb.store.mark import AcknowledgedMark
 from mehdb.store.room import Room
-from mehdb.store.schema import is_damage
+from mehdb.store.schema import PAGE_SIZE, is_damage
 
 T = TypeVar("T")
 
@@ -191,19 +191,14 @@ class Writer:
         if writes:
             return self._without_sets(writes, _no_room()) if self.short_of_room else self._write(writes)
         task = cast("Task", batch[0].work)
-        error = self._guarded(lambda: task(self._log))
-        if isinstance(error, DiskFull) and self._room.drop_ballast():
-            error = self._guarded(lambda: task(self._log))
-        return [error]
+        return [self._with_room(lambda: task(self._log), *self._measures())]
 
     def _write(self, writes: Sequence[Write]) -> Sequence[Outcome]:
         """Commit *writes*; what a full volume or a damaged page is in the way of, without the others' harm."""
-        outcomes = self._guarded(lambda: self._log.write(writes))
-        if isinstance(outcomes, DiskFull):
-            if any(write.value is not None for write in writes):
-                return self._without_sets(writes, outcomes)
-            if self._room.drop_ballast():
-                return self._write(writes)
+        deletes = all(write.value is None for write in writes)
+        outcomes = self._with_room(lambda: self._log.write(writes), *(self._measures() if deletes else ()))
+        if isinstance(outcomes, DiskFull) and not deletes:
+            return self._without_sets(writes, outcomes)
         if isinstance(outcomes, DamagedRow):
             if self._log.compacts:
                 self._log.compacts = False
@@ -218,10 +213,30 @@ class Writer:
         outcomes = iter(self._write(deletions) if deletions else ())
         return [refusal if write.value is not None else next(outcomes) for write in writes]
 
+    def _with_room(self, work: Callable[[], T], *measures: Callable[[], bool]) -> T | MehdbError:
+        """Return what *work* returns, or its error. On a full volume it is tried again after each of *measures*."""
+        outcome = self._guarded(work)
+        for make_room in measures:
+            if isinstance(outcome, DiskFull) and make_room():
+                outcome = self._guarded(work)
+        return outcome
+
+    def _measures(self) -> tuple[Callable[[], bool], ...]:
+        """Return what makes room, the dearest last. The ballast may be what moving the WAL lacks."""
+        return self._reuse_wal, self._room.drop_ballast, self._reuse_wal
+
+    def _reuse_wal(self) -> bool:
+        """Have the WAL written from its start again, rather than grow. Return whether all of it could be moved."""
+        moved = self._guarded(lambda: self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE))
+        return not isinstance(moved, MehdbError) and 0 < moved[0] == moved[1]
+
     def _look_for_room(self) -> None:
         """Find out whether the volume is short of room; if so, let go of what the window retains."""
         try:
-            short = self._room.lacks() and self._room.lacks(self._log.reusable_bytes())
+            # What is in the WAL takes room a second time when it is moved into the file: without it, neither shrinks.
+            short = self._room.lacks(-self._wal_pages * PAGE_SIZE) and self._room.lacks(
+                self._log.reusable_bytes() - self._log.owed_bytes()
+            )
             if short != self.short_of_room:
                 self.short_of_room = short
                 log.warning(
