@@ -13,7 +13,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from mehdb import __version__, life, operations
+from mehdb import __version__, operations
 from mehdb.errors import MehdbError, SettingsError
 from mehdb.local import LocalCluster
 from mehdb.settings import SETTINGS, flag, load
@@ -95,6 +95,8 @@ def serve(
         format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request, we log changes of state
+    from mehdb import life  # only here: the other commands need no server, and are up in half the time
+
     uvloop.run(life.run(settings))
 
 

@@ -112,21 +112,26 @@ class Life:
         await self._stop.wait()
         self._node.closing = True
         self._node.drain()
-        both = asyncio.ensure_future(
-            asyncio.gather(self._node.drained(self._settings.drain_timeout), asyncio.sleep(self._settings.lame_duck))
-        )
+        ending = asyncio.create_task(self._end(), name="end")
         hurry = asyncio.create_task(self._hurry.wait(), name="hurry")
-        waits: list[asyncio.Future[Any]] = [both, hurry]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if both.done():
-            report: DrainReport = both.result()[0]
-            if not report.done:
-                log.warning(
-                    "not drained queue_bytes=%d writes=%d missing=%s",
-                    report.queue_bytes, report.writes, ",".join(report.missing) or "nobody",
-                )  # fmt: skip
-        both.cancel()
-        hurry.cancel()
+        try:
+            await asyncio.wait([ending, hurry], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (ending, hurry):
+                task.cancel()
+            await asyncio.wait([ending, hurry])
+        if not ending.cancelled():
+            ending.result()
+
+    async def _end(self) -> None:
+        """Wait until the node is drained, or as long as that may take, and until clients have been told."""
+        settings = self._settings
+        report, _ = await asyncio.gather(self._node.drained(settings.drain_timeout), asyncio.sleep(settings.lame_duck))
+        if not report.done:
+            log.warning(
+                "not drained queue_bytes=%d writes=%d missing=%s",
+                report.queue_bytes, report.writes, ",".join(report.missing) or "nobody",
+            )  # fmt: skip
 
     async def _play(self) -> None:
         """Play this node's role for ever, and again from the start after each time that an operator suspended it."""

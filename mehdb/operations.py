@@ -41,6 +41,7 @@ CHUNK_BYTES: Final = 1 << 20
 READY_TIMEOUT_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.1
 STANDARD: Final = Path("-")  # standard input or output
+INCOMING: Final = "store.db.incoming"  # a start removes what is called so and was left
 
 
 class Refused(MehdbError):
@@ -233,7 +234,10 @@ def _incoming(directory: Path) -> Iterator[Path]:
     """Have a place in *directory*, which is made, for a store that arrives."""
     with _usable(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    incoming = directory / f"store.db.incoming-{os.getpid()}"
+        for left in directory.glob(f"{INCOMING}-*"):  # by a command that was killed
+            if not Path("/proc", left.name.removeprefix(f"{INCOMING}-")).exists():
+                left.unlink(missing_ok=True)
+    incoming = directory / f"{INCOMING}-{os.getpid()}"
     try:
         yield incoming
     finally:

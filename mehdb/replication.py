@@ -121,6 +121,7 @@ class Follower:
             else:
                 await self._store.apply(pull.page)
             self._note_progress(pull)
+            self._pages_only = False
             await self._heal_if_damaged()
             # Only now, at the head: what this asks after is durable here, and asking is what acknowledges it.
             pull = await self._pull(self._store.position)
@@ -132,9 +133,6 @@ class Follower:
         except Compacted as error:
             if self.state is State.DIVERGED and self._store.head:
                 self._stay_diverged(error)
-            if self._pages_only:  # there is no other way, and it may be open by now
-                self._pages_only = False
-                raise
         try:
             await self._take_snapshot()
         except (PeerError, DiskFull):

@@ -1,6 +1,8 @@
 """A leader that answers as a test tells it to: honestly, out of a real store, or not at all like one."""
 
 import asyncio
+import base64
+import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -12,7 +14,7 @@ from aiohttp import web
 from cluster import ADDRESS, DEADLINE_S, PAUSE_S
 from mehdb.errors import Diverged
 from mehdb.model import GENESIS, Chain, Epoch, History, Page, Position, Revision, encode_page
-from mehdb.store import Store, Write
+from mehdb.store import Meta, Store, Write
 
 T = TypeVar("T")
 
@@ -107,6 +109,73 @@ def honest(store: Store) -> Answer:
             )
         meta = store.meta
         return page_answer(page, head=meta.head, epoch=meta.epoch, history=meta.history)
+
+    return answer
+
+
+class Copy(NamedTuple):
+    """The bytes of a snapshot, and the state of the store that it is of."""
+
+    data: bytes
+    meta: Meta
+
+
+async def copied(store: Store) -> Copy:
+    """Return a snapshot of *store*, as its node would send it."""
+    snapshot = await store.snapshot()
+    try:
+        return Copy(snapshot.path.read_bytes(), snapshot.meta)
+    finally:
+        snapshot.path.unlink()
+
+
+def snapshot_headers(copy: Copy) -> dict[str, str]:
+    """Return the headers that a snapshot comes with."""
+    digest = base64.b64encode(hashlib.sha256(copy.data).digest()).decode()
+    return {
+        "Content-Type": "application/vnd.sqlite3",
+        "Content-Length": str(len(copy.data)),
+        "Repr-Digest": f"sha-256=:{digest}:",
+        "Mehdb-Snapshot-History": str(copy.meta.history),
+        "Mehdb-Snapshot-Revision": str(copy.meta.head),
+        "Mehdb-Snapshot-Chain": copy.meta.chain.hex(),
+    }
+
+
+def snapshot_answer(copy: Copy, *pieces: bytes, pause_s: float = 0, **headers: str | None) -> Answer:
+    """Answer `/snapshot` with *copy*, but for *headers* (None: without that one), sent in *pieces* with pauses between.
+
+    What the headers announce and does not come ends with the connection.
+    """
+    told = snapshot_headers(copy) | {name.replace("_", "-"): value for name, value in headers.items()}
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={name: value for name, value in told.items() if value is not None})
+        await response.prepare(request)
+        for number, piece in enumerate(pieces or (copy.data,)):
+            await asyncio.sleep(pause_s if number else 0)  # as slow as a test wants it to be
+            await response.write(piece)
+        if request.transport is not None and response.content_length != sum(map(len, pieces or (copy.data,))):
+            request.transport.close()
+        return response
+
+    return answer
+
+
+def with_snapshots(store: Store, snapshot: Answer, *, below: int, pages: bool) -> Answer:
+    """Answer as a leader with *store* does that sends followers below a revision for *snapshot*.
+
+    Without *pages* that is its floor; else those who ask with `snapshot=no` get pages.
+    """
+    others = honest(store)
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == "/snapshot":
+            return await snapshot(request)
+        if int(request.query["after"]) < below and not (pages and request.query.get("snapshot") == "no"):
+            meta = store.meta
+            return page_answer(b"take the snapshot", head=meta.head, epoch=meta.epoch, history=meta.history, status=410)
+        return await others(request)
 
     return answer
 

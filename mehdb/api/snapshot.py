@@ -5,6 +5,7 @@ One at a time: each takes as much room on the volume as the store itself.
 
 import asyncio
 import base64
+from typing import Final
 
 from aiohttp import web
 
@@ -13,6 +14,8 @@ from mehdb.api.node import NodeView
 from mehdb.api.requests import Target, no_parameters
 from mehdb.errors import NotSynced, SnapshotBusy
 from mehdb.store import Store
+
+TURN_TIMEOUT_S: Final = 1.0  # a client has all of a snapshot a moment before the node knows that it was sent
 
 
 class SnapshotRoutes:
@@ -29,9 +32,11 @@ class SnapshotRoutes:
         self._node.require_leading()
         if self._store.meta.history is None:
             raise NotSynced("this node holds nothing yet: ask another one")
-        if self._turn.locked():  # who asks has pages to go on with, or asks again
-            raise SnapshotBusy("another snapshot is being sent, one at a time: try again in a moment")
-        await self._turn.acquire()
+        try:  # not for long: who asks has pages to go on with, or asks again
+            async with asyncio.timeout(TURN_TIMEOUT_S):
+                await self._turn.acquire()
+        except TimeoutError as error:
+            raise SnapshotBusy("another snapshot is being sent, one at a time: try again in a moment") from error
         try:
             snapshot = await heard(request, self._store.snapshot())
         except BaseException:

@@ -69,7 +69,7 @@ class Reader:
                 f"the key {_shown(key)} cannot be read from this node's disk, as a page is damaged: read another node"
             ) from error
         for (revision,) in dangling:
-            raise _damaged_change(revision, key)
+            raise _damaged_change(cast("int", revision), key)
         if not rows:
             return None
         columns: tuple[Any, ...] = rows[0]

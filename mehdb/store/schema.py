@@ -16,7 +16,7 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import apsw
 import apsw.sqlite_extra
@@ -260,7 +260,9 @@ def missing_behind(mark: Position | None, position: Position) -> int:
 
 def read_meta(connection: apsw.Connection) -> Meta:
     """Return the row of `meta` as *connection* sees it. Raises `DamagedRow` if that is gone."""
-    rows = connection.execute("SELECT history, epoch, head, chain, floor, keys FROM meta").fetchall()
+    rows: list[tuple[Any, ...]] = connection.execute(
+        "SELECT history, epoch, head, chain, floor, keys FROM meta"
+    ).fetchall()
     if len(rows) != 1 or None in rows[0][1:]:
         raise DamagedRow("`meta` has not one row")
     return Meta(*rows[0])

@@ -146,8 +146,9 @@ class Writer:
             self._publish(batch, self._perform(batch))
             if with_checkpoint:  # after acknowledging, which need not wait
                 self._checkpoint()
-        if self._failed is None:
-            self._guarded(lambda: self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE))
+        done = self._guarded(lambda: self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE))
+        if isinstance(done, MehdbError):  # what the WAL holds is for the restart to verify, not to pass on and delete
+            self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         self._connection.close()
         self._mark.close()
 

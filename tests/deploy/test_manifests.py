@@ -8,11 +8,12 @@ from typing import Any
 import httpx
 import kubernetes_validate
 import pytest
+import typer
 from kubernetes_validate.utils import all_versions
 from packaging.version import Version
 
 from cluster import Cluster, Node
-from mehdb import __version__, roles
+from mehdb import __version__, cli, roles
 from mehdb.model import Role
 from mehdb.settings import SETTINGS, Settings, load
 from sources import (
@@ -30,7 +31,8 @@ OLDEST_KUBERNETES = Version("1.27")  # the first whose StatefulSets have `.spec.
 KUBERNETES = [str(version) for version in sorted(set(map(Version, all_versions()))) if version >= OLDEST_KUBERNETES]
 
 NODE_MEMORY_BYTES = 300 << 20  # what a node with a million keys may take under load, kept by `make bench`
-STOP_MARGIN_S = 30  # beyond the requests under way: moving the endpoints, writing the queue, a checkpoint
+CLOSE_MARGIN_S = 15  # to start preStop's command in a busy pod, and for the last checkpoint
+DNS_TTL_S = 5  # how long CoreDNS' answers about pods are kept, unless it is told otherwise
 START_S = 600  # what a start must be given at least: a large volume is attached, checked and recovered
 
 DEFAULTS = load({}, {}, find_host_name=lambda: "mehdb")
@@ -147,7 +149,8 @@ def test_the_container_runs_what_the_image_runs() -> None:
 
 def pod(cluster: Cluster) -> Node:
     """Return the cluster's next node, not started, with the manifest's environment on a volume of its own."""
-    return cluster.add(**{name: value for name, value in ENVIRONMENT.items() if name != "MEHDB_DATADIR"})
+    given = {name: value for name, value in ENVIRONMENT.items() if name != "MEHDB_DATADIR"}
+    return cluster.add(**given | {"MEHDB_LAME_DUCK": "0"})  # nobody's DNS has to learn that it goes
 
 
 def answers(node: Node) -> dict[str, int]:
@@ -199,8 +202,31 @@ def test_a_busy_node_is_not_restarted() -> None:
 # What a pod may take and do
 
 
+def drain_command() -> tuple[list[str], dict[str, Any]]:
+    """Return what preStop calls on the command line, and what the command makes of it. Fails if it would refuse it."""
+    program, name, *arguments = CONTAINER["lifecycle"]["preStop"]["exec"]["command"]
+    group = typer.main.get_command(cli.app)
+    command = group.commands[name]  # type: ignore[attr-defined]  a group's
+    return [program, name], command.make_context(name, arguments).params
+
+
+def test_the_stop_begins_with_a_drain_that_waits() -> None:
+    called, parameters = drain_command()
+    assert called == ["mehdb", "drain"]
+    assert parameters["wait"] is True
+    assert parameters["data_dir"] == Path("data"), "so that the environment names it"
+
+
 def test_the_time_that_a_stop_takes_fits_the_grace_period() -> None:
-    assert DEFAULTS.stop_timeout + STOP_MARGIN_S <= POD["terminationGracePeriodSeconds"]
+    node = settings_in_pod(0, ENVIRONMENT)
+    _, parameters = drain_command()
+    assert node.grace_period == POD["terminationGracePeriodSeconds"] - parameters["timeout"]
+    stop_s = node.drain_timeout + node.lame_duck + node.stop_timeout
+    assert stop_s + CLOSE_MARGIN_S <= node.grace_period
+
+
+def test_a_pod_that_stops_answers_until_dns_has_forgotten_it() -> None:
+    assert settings_in_pod(0, ENVIRONMENT).lame_duck >= DNS_TTL_S
 
 
 def test_the_memory_limit_holds_a_node_under_load_with_a_full_queue() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import apsw
 
+from disk import Disk
 from mehdb.model import GENESIS, Chain, Change, Epoch, Page, Position, Revision
 from mehdb.store import Store, StoreOptions, Write
 from mehdb.store.check import check
@@ -180,3 +181,20 @@ async def outcomes(tasks: Iterable["asyncio.Task[Revision]"], timeout_s: float =
 async def fill(store: Store, count: int, value: bytes = b"value") -> None:
     """Write *count* changes of half as many keys."""
     await outcomes(await enqueue(store, [Write(b"key-%d" % (n // 2), value + b"-%d" % n) for n in range(count)]))
+
+
+def sets(count: int, value: bytes = b"value", first: int = 0) -> Iterable[Write]:
+    """Return *count* writes of different keys."""
+    return [Write(b"key-%d" % n, value) for n in range(first, first + count)]
+
+
+async def held(disk: Disk) -> None:
+    """Wait until a commit stands before its sync."""
+    assert await asyncio.to_thread(disk.waiting.wait, 10)
+
+
+async def one_in_flight(store: Store, disk: Disk) -> "asyncio.Task[int]":
+    """Return a write whose commit stands before its sync: what is enqueued now waits for the batch after it."""
+    [task] = await enqueue(store, [Write(b"first", b"in flight")])
+    await held(disk)
+    return task

@@ -154,6 +154,17 @@ async def test_an_index_that_leads_to_a_deletion_is_damage(directory: Path) -> N
             await store.get(b"k")
 
 
+async def test_an_index_that_leads_nowhere_is_damage(directory: Path) -> None:
+    async with leading(directory) as store:
+        await put(store, b"k", b"v")
+        await put(store, b"l", b"v")
+    sql(directory, "DELETE FROM change WHERE revision = 1")
+    async with opened(directory) as store:
+        with pytest.raises(DamagedRow, match="revision 1, of the key 'k'"):
+            await store.get(b"k")
+        assert await store.get(b"never") is None
+
+
 async def test_a_torn_page_of_the_file_is_never_served(directory: Path) -> None:
     async with leading(directory) as store:
         await outcomes(await enqueue(store, [Write(b"key-%03d" % n, b"value" * 50) for n in range(200)]))

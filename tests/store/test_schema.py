@@ -243,6 +243,6 @@ async def test_a_store_without_its_meta_row_is_refused(directory: Path) -> None:
         await put(store, b"a", b"1")
     sql(directory, "DELETE FROM meta")
     before = files_of(directory)
-    with pytest.raises(Damaged, match="`meta` has no row"):
+    with pytest.raises(Damaged, match="`meta` has not one row"):
         await Store.open(directory)
     assert files_of(directory) == before

@@ -56,9 +56,11 @@ class Connection:
 
     def reply(self, method: str = "") -> Reply:
         """Read the next answer; the one to HEAD has no body, whatever its Content-Length."""
-        line = self._file.readline()
-        assert line.startswith(b"HTTP/1.1 "), f"not the start of an answer: {line!r}"
-        status, headers = int(line.split()[1]), http.client.parse_headers(self._file)
+        status = 102  # says only that somebody is at it
+        while status == 102:
+            line = self._file.readline()
+            assert line.startswith(b"HTTP/1.1 "), f"not the start of an answer: {line!r}"
+            status, headers = int(line.split()[1]), http.client.parse_headers(self._file)
         bodiless = method == "HEAD" or status in (100, 204)
         size_bytes = 0 if bodiless else int(headers["Content-Length"])
         return Reply(status, headers, self._file.read(size_bytes))
