@@ -44,6 +44,7 @@ class Node:
         self.closing = False
         self.stopped = False
         self._store = store
+        self._port, self._in_kubernetes = settings.port, settings.in_kubernetes
         self._writes = 0
         self._started_at_s = monotonic()
 
@@ -85,11 +86,19 @@ class Node:
         if self.role is Role.LEADER and self.state not in (State.SERVING, State.DRAINING):
             raise Recovering("this node does not lead yet: ask again in a moment")
 
-    def note_other(self, position: Position) -> None:
-        """Take note of a node whose *position* does not lie in this one's history."""
-        ahead = position.revision > self._store.head
-        if isinstance(self.part, Leader) and (ahead or self._store.head == 0):
-            self.part.doubt()
+    def note_follower(self, position: Position, address: str | None) -> None:
+        """Take note of a node at *address* whose store is at *position*: it may hold what this leader lacks."""
+        if isinstance(self.part, Leader) and position.revision:
+            meta = self._store.meta
+            ahead = position.history == meta.history and position.revision > meta.head
+            if ahead or meta.head == 0 or self.part.state is not State.SERVING:
+                self.part.doubt(self._peer_url(address))
+
+    def _peer_url(self, address: str | None) -> str | None:
+        """Return where the node at *address* answers. All pods listen on one port; other nodes are in the settings."""
+        if address is None or not self._in_kubernetes:
+            return None
+        return f"http://[{address}]:{self._port}" if ":" in address else f"http://{address}:{self._port}"
 
     def checks(self) -> tuple[Check, ...]:
         """Return what must hold for the node to be ready."""

@@ -88,8 +88,7 @@ class Peer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if "_client" in self.__dict__:
-            await self._client.aclose()
+        await self.disconnect()
 
     async def pull(
         self,
@@ -121,7 +120,7 @@ class Peer:
             body = await _body(answer)
         return self._understood(answer, body, position, epoch if from_leader else None)
 
-    async def reconnect(self) -> None:
+    async def disconnect(self) -> None:
         """Close every connection: the next one resolves the name anew, and may find another node there."""
         client = self.__dict__.pop("_client", None)
         if client is not None:

@@ -19,7 +19,6 @@ history, or on another chain, is left alone: it will be diverged, and keep its d
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from time import monotonic
 from typing import Final, NamedTuple
@@ -38,6 +37,7 @@ log = logging.getLogger("mehdb.recovery")
 SILENT_TIMEOUT_S: Final = 10.0  # how long a store with data waits for a peer that exists and does not answer
 ASK_EVERY_S: Final = 0.5
 ASK_AGAIN_S: Final = 2.0  # between two looks at peers that seem to hold more
+PEERS_MAX: Final = 128  # with those that have shown up by themselves
 ASKED_AT_ONCE: Final = 8  # pods have consecutive ordinals: where so many in a row do not exist, no more are looked for
 
 
@@ -184,19 +184,26 @@ class Leader:
         self._forked: frozenset[str] = frozenset()
         self._peers = [Peer(url) for url in peer_urls]
 
-    def doubt(self) -> None:
-        """Look at the table again, unless a write has been accepted since this node leads."""
+    def doubt(self, url: str | None) -> None:
+        """Look at the table again, unless a write has been accepted since this node leads.
+
+        *url* is where the peer answers that gave rise to it, if that is known: a pod's name does not resolve before it
+        is ready, and it cannot be ready before its leader leads.
+        """
+        if url and url not in {peer.url for peer in self._peers} and len(self._peers) < PEERS_MAX:
+            self._peers.insert(0, Peer(url))
         if self._led_from == self._store.head:
             self._doubted.set()
 
     async def run(self) -> None:
         """Recover and lead, for ever."""
-        async with AsyncExitStack() as stack:
-            for peer in self._peers:
-                await stack.enter_async_context(peer)
+        try:
             while True:
                 await self._recover()
                 await self._until_peers_hold_more()
+        finally:
+            for peer in self._peers:
+                await peer.disconnect()
 
     async def _recover(self) -> None:
         """Return when this node leads."""

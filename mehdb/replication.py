@@ -100,7 +100,7 @@ class Follower:
                 await self._follow()
             except (PeerError, Diverged, Compacted, DiskFull, DamagedRow, NotNow) as error:
                 self._note_failure(error)
-                await self._leader.reconnect()
+                await self._leader.disconnect()
             delay_s = BACKOFF_LEAST_S if self._progress != progress else delay_s
             await asyncio.sleep(delay_s * random.uniform(0.5, 1))  # noqa: S311  no secret
             most_s = DIVERGED_MOST_S if self.state is State.DIVERGED else BACKOFF_MOST_S

@@ -54,8 +54,8 @@ class NodeView(Protocol):
         """Raise `Recovering` on a leader that does not lead yet: nobody may copy what it holds."""
         ...
 
-    def note_other(self, position: Position) -> None:
-        """Take note of a node whose *position* does not lie in this one's history."""
+    def note_follower(self, position: Position, address: str | None) -> None:
+        """Take note of a node at *address* (an IP) whose store is at *position*: it may hold what this one lacks."""
         ...
 
     def checks(self) -> tuple[Check, ...]:

@@ -14,7 +14,7 @@ from aiohttp import web
 from mehdb.api.answers import Answer, heard, json_answer
 from mehdb.api.node import NodeView
 from mehdb.api.requests import Parameters, Target, no_parameters, seconds
-from mehdb.errors import Compacted, Diverged, NotSynced, StoreAway
+from mehdb.errors import Compacted, NotSynced, StoreAway
 from mehdb.model import (
     GENESIS,
     ORIGIN,
@@ -33,7 +33,7 @@ from mehdb.store import Store
 MSGPACK: Final = "application/vnd.msgpack"
 WAIT_S_MAX: Final = 60.0  # proxies and clients give up on a silent connection at about this age
 FOLLOWERS_MAX: Final = 100  # a StatefulSet has a few; names come from clients, so their number is bounded
-CONNECTED_S: Final = 10.0  # a follower asks at least every 5 s
+CONNECTED_S: Final = 4.0  # a follower asks at least every 1.5 s
 FORGET_AFTER_S: Final = 300.0  # a follower that was scaled away is no longer listed
 REVISION_MAX: Final = (1 << 63) - 1  # SQLite's largest integer
 
@@ -138,14 +138,11 @@ class ReplicationRoutes:
         wait_s = parameters.take("wait", seconds(WAIT_S_MAX), 0.0)
         may_snapshot = parameters.take("snapshot", _snapshot, default=True)
         parameters.finish()
+        self._node.note_follower(position, request.remote)
         self._node.require_leading()
         if self._store.meta.history is None:
             raise NotSynced("this node holds nothing yet: ask another one")
-        try:
-            page = await heard(request, self._store.page_after(position))
-        except Diverged:
-            self._node.note_other(position)
-            raise
+        page = await heard(request, self._store.page_after(position))
         if may_snapshot:
             self._send_for_snapshot(position)
         if node is not None:
