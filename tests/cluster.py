@@ -93,7 +93,11 @@ class Node:
                 [sys.executable, "-m", "mehdb", "serve", *arguments],
                 env=clean_environment() | self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        eventually(lambda: self.ready() if ready else self.answers(), f"{self.name} to be up; its log:\n{self.log}")
+        try:
+            eventually(lambda: self.ready() if ready else self.answers(), f"{self.name} to be up")
+        except AssertionError as error:
+            error.add_note(f"its log:\n{self.log}")
+            raise
         return self
 
     def kill(self) -> None:

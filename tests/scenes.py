@@ -180,12 +180,19 @@ class Scene:
             raise
 
     def equal(self) -> NodeStatus:
-        """Wait until all that run are ready and in one position. Return the leader's status."""
+        """Wait until all that run are ready and in one position, and the leader knows. Return its status."""
         for node in self.cluster.nodes:
             if node.process:
                 self.until(node, "serving")
         self.cluster.converge()
-        return self.leader.status()
+        running = {node.name for node in self.followers if node.process}
+
+        def known() -> NodeStatus | None:
+            status = self.leader.status()
+            held = {follower.node for follower in status.followers if follower.revision == status.revision}
+            return status if running <= held else None
+
+        return eventually(known, "the leader to know it: else it waits for them when it is stopped")
 
     def nothing_is_gone(self) -> None:
         """Fail if anything that was noted is not on any of the volumes."""

@@ -5,7 +5,7 @@ are, without any state on disk.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Final
 
@@ -24,6 +24,7 @@ from mehdb.model import (
     NodePosition,
     Position,
     Revision,
+    State,
     encode_page,
     is_history,
 )
@@ -42,6 +43,7 @@ REVISION_MAX: Final = (1 << 63) - 1  # SQLite's largest integer
 class _Seen:
     revision: Revision
     at_s: float
+    told: bool = False  # that this node drains
 
 
 class Followers:
@@ -54,13 +56,24 @@ class Followers:
         """Take down that *node* holds everything up to *revision*."""
         if node not in self._seen and len(self._seen) >= FOLLOWERS_MAX:
             del self._seen[min(self._seen, key=lambda name: self._seen[name].at_s)]
-        self._seen[node] = _Seen(revision, monotonic())
+        self._seen[node] = _Seen(revision, monotonic(), self.is_told(node))
+
+    def is_told(self, node: str) -> bool:
+        """Return whether *node* has been told that this one drains. Until then no long poll may keep that from it."""
+        return node in self._seen and self._seen[node].told
+
+    def tell(self, node: str) -> None:
+        """Take down that an answer to *node* says that this one drains."""
+        if node in self._seen:
+            self._seen[node] = replace(self._seen[node], told=True)
 
     def missing(self, head: Revision) -> tuple[str, ...]:
-        """Return those that are connected and do not hold *head*."""
+        """Return those that are connected and do not hold *head*, or would still send writers to a node that drains."""
         now = monotonic()
         return tuple(
-            node for node, seen in sorted(self._seen.items()) if now - seen.at_s < CONNECTED_S and seen.revision < head
+            node
+            for node, seen in sorted(self._seen.items())
+            if now - seen.at_s < CONNECTED_S and (seen.revision < head or not seen.told)
         )
 
     def status(self, head: Revision) -> tuple[FollowerStatus, ...]:
@@ -147,11 +160,18 @@ class ReplicationRoutes:
             self._send_for_snapshot(position)
         if node is not None:
             self._followers.note(node, durable)
-        if page is None and wait_s and await heard(request, self._store.wait_beyond(after, wait_s)):
+        may_wait = wait_s and (node is None or not self._draining or self._followers.is_told(node))
+        if page is None and may_wait and await heard(request, self._store.wait_beyond(after, wait_s)):
             page = await heard(request, self._store.page_after(position))
+        if node is not None and self._draining:
+            self._followers.tell(node)
         if page is None:
             return Answer(status=204)
         return Answer(encode_page(page), MSGPACK)
+
+    @property
+    def _draining(self) -> bool:
+        return self._node.state is State.DRAINING
 
     def _send_for_snapshot(self, position: Position) -> None:
         """Raise `Compacted` for a store to which the whole is quicker to give than all changes one by one."""

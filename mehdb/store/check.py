@@ -92,6 +92,9 @@ def _problems(connection: apsw.Connection, meta: Meta, keys: int, on_progress: C
         yield f"meta says schema {schema}, the file's header {SCHEMA_VERSION}"
     if keys != meta.keys:
         yield f"meta counts {meta.keys} keys, entry has {keys}"
+    changes = connection.execute("SELECT count(*) FROM change").get
+    if changes != meta.changes:
+        yield f"meta counts {meta.changes} changes, the log has {changes}"
     if meta.history is None and meta.head != ORIGIN:
         yield f"there are changes up to revision {meta.head}, but no history"
     if not ORIGIN <= meta.floor <= meta.head:

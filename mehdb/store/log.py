@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Final
+from typing import Final, cast
 
 import apsw
 import msgspec
 
 from mehdb.errors import Diverged, KeyNotFound, MehdbError, PeerAnswerInvalid, StaleEpoch
 from mehdb.model import ORIGIN, Change, Epoch, History, Page, Revision
+from mehdb.store.reader import require_absent
 from mehdb.store.schema import PAGE_SIZE, Meta, read_meta
 from mehdb.store.seal import seal
 
@@ -52,13 +53,13 @@ def decide(writes: Iterable[Write], live: set[bytes], head: Revision) -> tuple[l
     return outcomes, changes
 
 
+NEXT: Final = """
+    SELECT max(revision) FROM (
+        SELECT revision FROM change WHERE revision > ? AND revision <= ? ORDER BY revision LIMIT ?)"""
 COMPACT: Final = """
     DELETE FROM change WHERE revision > ?1 AND revision <= ?2 AND NOT EXISTS (
         SELECT 1 FROM entry WHERE entry.key = change.key AND entry.revision = change.revision)"""
-# What is live is behind the window for good, once that has passed it: so it goes when it is superseded, or never.
-COMPACT_SUPERSEDED: Final = """
-    DELETE FROM change WHERE revision IN (SELECT revision FROM entry WHERE key IN carray(?1) AND revision <= ?2)"""
-COMPACT_FACTOR: Final = 2  # changes looked at for each one written: a backlog shrinks while writes go on
+COMPACT_FACTOR: Final = 4  # changes looked at for each one written: a sweep ends long before the next one is due
 COMPACT_STEP: Final = 500  # changes looked at in one transaction when nothing else is to do: a few milliseconds
 
 
@@ -66,6 +67,8 @@ class Log:
     """The tables, for the one thread that changes them.
 
     *retain_changes* is how many of the newest changes are kept, superseded or not; at least 1, as the head always is.
+    What is superseded behind that window is removed in sweeps, each from the beginning of the log to the window, when
+    it has become half as much as what must stay: to look for it at each write would cost as much as the write.
     """
 
     def __init__(self, connection: apsw.Connection, retain_changes: int) -> None:
@@ -75,18 +78,16 @@ class Log:
         self.compacts = True  # until a damaged page is in the way: writes must not fail over what they do not need
         self._retain_changes = retain_changes
         self._squeeze_to = ORIGIN
+        self._swept_to: Revision | None = None  # how far a sweep has come, None between two
+        self._sweep_end = ORIGIN
 
     @property
-    def backlog(self) -> int:
-        """How many changes lie behind the window and above the floor."""
-        return max(0, self._window_start - self.meta.floor) if self.compacts else 0
-
-    @property
-    def _window_start(self) -> int:
-        return max(self.meta.head - self._retain_changes, min(self._squeeze_to, self.meta.head - 1))
+    def compaction_due(self) -> bool:
+        """Whether a sweep is under way, or worth beginning."""
+        return self.compacts and (self._swept_to is not None or self._is_worthwhile(self.meta))
 
     def squeeze(self, revision: Revision) -> None:
-        """Let the changes up to *revision* go, window or not: the volume is short of room."""
+        """Let the superseded changes up to *revision* go, window or not: the volume is short of room."""
         self._squeeze_to = max(self._squeeze_to, revision)
 
     def compact(self) -> None:
@@ -95,6 +96,34 @@ class Log:
             meta = self._compacted(self.meta, COMPACT_STEP)
             self._save(meta)
         self.meta = meta
+
+    def _window_start(self, meta: Meta) -> Revision:
+        """Return the revision behind which superseded changes may go."""
+        squeezed = min(self._squeeze_to, meta.head - 1)
+        return Revision(max(meta.head - self._retain_changes, squeezed, meta.floor))
+
+    def _is_worthwhile(self, meta: Meta) -> bool:
+        """Return whether so much behind the window is superseded that a sweep pays. All that is live may be there."""
+        start = self._window_start(meta)
+        superseded = meta.changes - (meta.head - start) - meta.keys
+        squeezed = start > meta.head - self._retain_changes and start > meta.floor
+        return superseded > (0 if squeezed else max(self._retain_changes, meta.keys) // 2)
+
+    def _compacted(self, meta: Meta, steps: int) -> Meta:
+        """Look at the next *steps* changes of a sweep, if one is due. Return *meta* with what has become of it."""
+        if not self.compacts:
+            return meta
+        if self._swept_to is None:
+            if not self._is_worthwhile(meta):
+                return meta
+            self._swept_to, self._sweep_end = ORIGIN, self._window_start(meta)
+        begin, end = self._swept_to, self._connection.execute(NEXT, (self._swept_to, self._sweep_end, steps)).get
+        self._swept_to = cast("Revision | None", end)
+        if end is None:
+            return meta
+        self._connection.execute(COMPACT, (begin, end))
+        floor = max(meta.floor, self._sweep_end)
+        return replace(meta, floor=floor, changes=meta.changes - self._connection.changes())
 
     def reusable_bytes(self) -> int:
         """Return how much of the file is free for new rows."""
@@ -164,8 +193,6 @@ class Log:
             crc, chain = seal(chain, change)
             rows.append((*_columns(change), crc, chain))
         newest = {change.key: change for change in changes}
-        if meta.floor and self.compacts:
-            self._connection.execute(COMPACT_SUPERSEDED, (apsw.carray(tuple(newest)), meta.floor))
         execute = self._connection.executemany
         execute("INSERT INTO change VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         execute(
@@ -173,28 +200,25 @@ class Log:
             [(change.key, change.revision) for change in newest.values() if change.value is not None],
         )
         execute("DELETE FROM entry WHERE key = ?", [(c.key,) for c in newest.values() if c.value is None])
-        meta = replace(meta, head=Revision(meta.head + len(rows)), chain=chain)
+        meta = replace(meta, head=Revision(meta.head + len(rows)), chain=chain, changes=meta.changes + len(rows))
         meta = self._compacted(meta, COMPACT_FACTOR * len(rows))
         self._save(meta)
         return meta
 
-    def _compacted(self, meta: Meta, steps: int) -> Meta:
-        """Delete superseded changes among the first *steps* behind the window. Return *meta* with its new floor."""
-        floor = min(self._window_start, meta.floor + steps)
-        if floor <= meta.floor or not self.compacts:
-            return meta
-        self._connection.execute(COMPACT, (meta.floor, floor))
-        return replace(meta, floor=Revision(floor))
-
     def _live(self, keys: Iterable[bytes]) -> set[bytes]:
         """Return those of *keys* that are live."""
-        wanted = apsw.carray(tuple(keys))
-        return {key for (key,) in self._connection.execute("SELECT key FROM entry WHERE key IN carray(?)", (wanted,))}
+        wanted = tuple(keys)
+        found = self._connection.execute("SELECT key FROM entry WHERE key IN carray(?)", (apsw.carray(wanted),))
+        live = {key for (key,) in found}
+        for key in wanted:
+            if key not in live:
+                require_absent(self._connection, key)
+        return live
 
     def _save(self, meta: Meta) -> None:
         self._connection.execute(
-            "UPDATE meta SET history = ?, epoch = ?, head = ?, chain = ?, floor = ?, keys = ?",
-            (meta.history, meta.epoch, meta.head, meta.chain, meta.floor, meta.keys),
+            "UPDATE meta SET history = ?, epoch = ?, head = ?, chain = ?, floor = ?, keys = ?, changes = ?",
+            (meta.history, meta.epoch, meta.head, meta.chain, meta.floor, meta.keys, meta.changes),
         )
 
     @contextmanager

@@ -24,6 +24,10 @@ GET: Final = """
 DANGLING: Final = """
     SELECT revision FROM entry
     WHERE key = ? AND NOT EXISTS (SELECT 1 FROM change WHERE change.revision = entry.revision)"""
+# A page of nothing but zeros matches its checksum, as that is zero too. Where it held the end of a long key, there are
+# zeros now, which no key holds. So that key is not found, but its beginning is, which the index holds on another page.
+KEY_BYTES_IN_PLACE: Final = 480  # at least, of a key too long to be there whole; https://sqlite.org/fileformat.html
+ZEROED: Final = "SELECT revision FROM entry WHERE key > ? AND key < ? AND instr(key, x'00') LIMIT 1"
 KEYS: Final = "SELECT key FROM entry WHERE key >= ? AND key < ? ORDER BY key LIMIT ?"
 CHAIN: Final = "SELECT chain FROM change WHERE revision = ?"
 CHANGES: Final = """
@@ -62,6 +66,8 @@ class Reader:
             # All rows, though there is one at most: a statement that has not ended holds its snapshot.
             rows = self._cursor.execute(GET, (key, value_bytes_max)).fetchall()
             dangling = [] if rows else self._cursor.execute(DANGLING, (key,)).fetchall()
+            if not rows:
+                require_absent(self._connection, key)
         except (apsw.Error, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
@@ -85,11 +91,16 @@ class Reader:
         """Return the live keys that start with *prefix* and sort after *after*, in byte order, at most *limit*."""
         first = max(prefix, after + b"\0" if after else b"")  # one bound, so that SQLite starts there
         try:
-            return [key for (key,) in self._connection.execute(KEYS, (first, prefix + AFTER_UTF8, limit))]
+            require_absent(self._connection, first)
+            keys = [key for (key,) in self._connection.execute(KEYS, (first, prefix + AFTER_UTF8, limit))]
         except apsw.Error as error:
             if not is_damage(error):
                 raise
             raise DamagedRow("the index cannot be read whole from this node's disk: read another node") from error
+        for key in keys:
+            if b"\0" in key:  # see `ZEROED`
+                raise DamagedRow("the end of a key is damaged on this node's disk: read another node")
+        return keys
 
     def chain(self, revision: Revision) -> Chain:
         """Return the chain at *revision*. Raises `Compacted` if its change is gone."""
@@ -136,6 +147,13 @@ class Reader:
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+
+def require_absent(connection: apsw.Connection, key: bytes) -> None:
+    """Raise `DamagedRow` if *key* was not found because of a page of zeros; see `ZEROED`. SQLite's own errors pass."""
+    start = key[:KEY_BYTES_IN_PLACE]
+    if len(key) > KEY_BYTES_IN_PLACE and connection.execute(ZEROED, (start, start + AFTER_UTF8)).fetchall():
+        raise DamagedRow(f"the key {_shown(key)} or one like it is damaged on this node's disk: read another node")
 
 
 def _shown(key: bytes) -> str:

@@ -7,7 +7,8 @@ verifies it at each read. The WAL has checksums of its own, which SQLite verifie
 Invariants, all verified by `check`:
 - `change` holds revisions up to `head`, without gaps above `floor`; each row's `crc` and `chain` are those of `seal`.
 - `entry` holds exactly the keys whose newest change is not a deletion, each with that change's revision.
-- `meta` has one row; `head` and `chain` are those of the newest change, `keys` is the number of rows of `entry`.
+- `meta` has one row; `head` and `chain` are those of the newest change, `keys` and `changes` are the
+  numbers of rows of `entry` and `change`.
 - `history` is NULL only while `head` is 0.
 """
 
@@ -55,9 +56,10 @@ CREATE TABLE meta (
     chain        BLOB NOT NULL,
     floor        INTEGER NOT NULL,
     keys         INTEGER NOT NULL,
+    changes      INTEGER NOT NULL,
     schema       INTEGER NOT NULL
 ) STRICT;
-INSERT INTO meta VALUES (1, NULL, 0, 0, zeroblob(16), 0, 0, {SCHEMA_VERSION});
+INSERT INTO meta VALUES (1, NULL, 0, 0, zeroblob(16), 0, 0, 0, {SCHEMA_VERSION});
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """  # noqa: S608  our own constants
@@ -82,6 +84,7 @@ class Meta:
     chain: Chain
     floor: Revision
     keys: int
+    changes: int
 
     @property
     def position(self) -> Position:
@@ -261,7 +264,7 @@ def missing_behind(mark: Position | None, position: Position) -> int:
 def read_meta(connection: apsw.Connection) -> Meta:
     """Return the row of `meta` as *connection* sees it. Raises `DamagedRow` if that is gone."""
     rows: list[tuple[Any, ...]] = connection.execute(
-        "SELECT history, epoch, head, chain, floor, keys FROM meta"
+        "SELECT history, epoch, head, chain, floor, keys, changes FROM meta"
     ).fetchall()
     if len(rows) != 1 or None in rows[0][1:]:
         raise DamagedRow("`meta` has not one row")

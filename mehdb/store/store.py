@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 log = logging.getLogger("mehdb.store")
 
-EMPTY: Final = Meta(None, Epoch(0), ORIGIN, GENESIS, ORIGIN, 0)
+EMPTY: Final = Meta(None, Epoch(0), ORIGIN, GENESIS, ORIGIN, 0, 0)
 
 
 class Store:

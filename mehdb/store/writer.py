@@ -155,7 +155,7 @@ class Writer:
     def _next_job(self) -> _Job:
         """Return the next job, and compact while there is none."""
         while True:
-            while self._log.backlog and self._queue.empty() and self._failed is None:
+            while self._log.compaction_due and self._queue.empty() and self._failed is None:
                 with_checkpoint = self.checkpoint_due
                 if isinstance(self._guarded(self._log.compact), MehdbError):
                     break
@@ -163,7 +163,9 @@ class Writer:
                 if with_checkpoint:
                     self._checkpoint()
             try:
-                return self._queue.get(timeout=SQUEEZE_EVERY_S if self.short_of_room or self._log.backlog else None)
+                return self._queue.get(
+                    timeout=SQUEEZE_EVERY_S if self.short_of_room or self._log.compaction_due else None
+                )
             except Empty:
                 self._look_for_room()
 

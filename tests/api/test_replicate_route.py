@@ -265,6 +265,21 @@ def test_names_that_clients_make_up_are_listed_but_never_without_bound() -> None
     assert [one.lag_revisions for one in listed] == [1000 - one.revision for one in listed]
 
 
+def test_who_is_connected_is_missing_until_it_holds_the_head_and_knows_of_the_drain() -> None:
+    seen = Followers()
+    for node, revision in (("behind", 6), ("unaware", 7), ("fine", 7)):
+        seen.note(node, Revision(revision))
+    for node in ("behind", "fine", "never heard of"):
+        seen.tell(node)
+    assert seen.missing(Revision(7)) == ("behind", "unaware")
+    seen.note("behind", Revision(7))
+    seen.note("unaware", Revision(7))
+    assert seen.missing(Revision(7)) == ("unaware",), "who was told stays told"
+    seen.tell("unaware")
+    assert seen.missing(Revision(7)) == ()
+    assert not seen.is_told("never heard of")
+
+
 # The end.
 
 

@@ -42,7 +42,7 @@ LOSSES: Final = [
 def write(leader: Node, count: int) -> None:
     start = leader.status().revision
     for number in range(start, start + count):
-        assert leader.put(f"key-{number}", b"value %d" % number).is_success
+        assert leader.put(f"written-{number}", b"value %d" % number).is_success
 
 
 def lose(node: Node, loss: Callable[[Path], None]) -> None:
@@ -86,7 +86,7 @@ def test_without_a_peer_an_operator_accepts_the_loss(tmp_path: Path, loss: Calla
         stage.until(node, "failed", f"{WRITES + 1 - left} changes are missing at its end")
         assert "`mehdb accept-loss`" in (node.status().reason or "")
         assert node.put("key", b"value").status_code == 503
-        assert node.get("/get/key-1").status_code == 503
+        assert node.get("/get/written-1").status_code == 503
         mehdb("accept-loss", "--data-dir", str(node.volume), "--yes")
         stage.until(node, "serving")
         assert node.status().revision == left

@@ -13,6 +13,7 @@ import pytest
 
 from cluster import DEADLINE_S, Cluster, Node, eventually
 from commands import mehdb, started
+from mehdb.replication import WAIT_S
 from mehdb.store import lock_holder
 from wire import Connection, lines, request
 
@@ -37,6 +38,12 @@ def ended(node: Node, within_s: float) -> None:
 
 def draining(node: Node) -> None:
     eventually(lambda: node.status().state == "draining", f"{node.name} to drain")
+
+
+def heard_s(leader: Node) -> float:
+    """Return how long ago the only follower of *leader* asked for more."""
+    (follower,) = leader.status().followers
+    return follower.seen_seconds_ago
 
 
 @contextmanager
@@ -109,8 +116,8 @@ def test_followers_stay_with_a_draining_leader_and_send_no_writer_there(cluster:
     assert answer.headers["Retry-After"].isdigit()
     assert follower.request("DELETE", "/delete/k").status_code == 503
     for _ in range(2):  # one long poll after the other
-        heard = leader.status().followers[0].seen_seconds_ago
-        eventually(lambda: leader.status().followers[0].seen_seconds_ago < heard, "the follower to ask again")  # noqa: B023
+        eventually(lambda: heard_s(leader) > WAIT_S / 2, "a long poll to last")
+        eventually(lambda: heard_s(leader) < WAIT_S / 2, "the follower to ask again")
     status = follower.status()
     assert (status.state, status.ready) == ("serving", True)
     assert "leader not followed" not in follower.log
@@ -122,6 +129,22 @@ def test_followers_stay_with_a_draining_leader_and_send_no_writer_there(cluster:
     )
     cluster.converge()
     assert follower.get("/get/k").content == b"w"
+
+
+def test_a_follower_that_asks_after_the_drain_began_is_told_at_once_and_then_waits(cluster: Cluster) -> None:
+    """A long poll would keep it from a follower for longer than the leader stays: writers would be sent nowhere."""
+    leader = cluster.start(1).leader
+    leader.put("k", b"v")
+    position = leader.position()
+    tell(leader, signal.SIGUSR1)
+    draining(leader)
+    query = f"history={position['history']}&after={position['revision']}&chain={position['chain']}&node=late&wait=1"
+    with Connection(leader) as connection:
+        for waits in (False, True):
+            started_s = monotonic()
+            reply = connection.ask("GET", f"/replicate?{query}")
+            assert (reply.status, reply.headers["Mehdb-State"]) == (204, "draining")
+            assert (monotonic() - started_s >= 1) == waits
 
 
 def test_a_follower_that_comes_late_gets_everything_from_a_draining_leader(cluster: Cluster) -> None:

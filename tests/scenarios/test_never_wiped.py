@@ -5,6 +5,7 @@ come back. What the volumes held before is compared with what they hold after, t
 """
 
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from cluster import ADDRESS, Node, eventually
 from mehdb.recovery import SILENT_TIMEOUT_S
-from scenes import DATABASE, Scene, copy, flip, grow, kept, mehdb, never_wiped, proven, resume, rows, suspend
+from scenes import DATABASE, Scene, copy, flip, grow, kept, mehdb, never_wiped, proven, resume, rows, scene, suspend
 
 SILENT_DEADLINE_S: Final = SILENT_TIMEOUT_S + 15
 NEW: Final = b"new"  # a value that is written when all is well again
@@ -30,6 +31,12 @@ def diverged_and_whole(stage: Scene, follower: Node) -> None:
     assert follower.get("/readyz").status_code == 503
     own = rows(follower.volume)
     assert {follower.get(f"/get/{row.key.decode()}").content for row in own} == {row.value for row in own}
+
+
+def leader_looked(stage: Scene) -> None:
+    """Wait until the leader has looked whether a follower that is ahead of it continues it. It does not."""
+    eventually(lambda: "forked peer=" in stage.leader.log, "the leader to find the fork")
+    stage.until(stage.leader, "serving")
 
 
 # The leader asks first: its peers are there.
@@ -309,9 +316,8 @@ def test_a_follower_of_another_cluster_or_past_is_diverged_until_it_rejoins(
         stage.leader.start()
         stage.start(follower)
         diverged_and_whole(stage, follower)
-        if shared and count > 4:  # the leader has to look whether what is ahead of it continues it
-            eventually(lambda: f"forked peer={follower.url}" in stage.leader.log, "the leader to find the fork")
-            stage.until(stage.leader, "serving")
+        if shared and count > 4:
+            leader_looked(stage)
         mehdb("rejoin", "--data-dir", str(follower.volume), "--yes")
         assert stage.equal().revision == shared + 4
         assert len(kept(follower.volume, "rejoined")) == 1
@@ -332,6 +338,7 @@ def test_a_fork_is_not_dropped_when_the_leader_can_no_longer_tell_it_from_an_old
         if not restarted:
             stage.start(follower)
             diverged_and_whole(stage, follower)
+            leader_looked(stage)
         for _ in range(10):
             assert stage.leader.put("hot", NEW).is_success
         eventually(lambda: stage.leader.status().floor > 6, "the floor to pass the fork")
@@ -359,6 +366,24 @@ def test_a_follower_with_a_damaged_store_keeps_it_and_takes_a_snapshot(
         follower.start()
         assert stage.equal().revision == 20
         assert len(kept(follower.volume, "damaged")) == 1
+
+
+@pytest.mark.parametrize("rolled_back", [False, True])
+def test_what_is_gone_would_be_missed(tmp_path: Path, rolled_back: bool) -> None:
+    """The control: a follower whose data is dropped for the leader's, and not kept."""
+
+    def drop() -> None:
+        with scene(tmp_path) as stage:
+            leader, follower = stage.cluster.nodes
+            copy(grow(leader.volume, 3), follower.volume)
+            grow(follower.volume, 1)
+            stage.note()
+            shutil.rmtree(follower.volume)
+            if rolled_back:
+                copy(leader.volume, follower.volume)
+
+    with pytest.raises(AssertionError, match=r"gone: .*revision=4"):
+        drop()
 
 
 @pytest.mark.parametrize("run", ["test", pytest.param("soak", marks=pytest.mark.soak)])

@@ -20,7 +20,7 @@ import pytest
 from cluster import DEADLINE_S, Cluster, Node
 
 REPLICAS: Final = 3
-LAME_DUCK_S: Final = 1.0
+LAME_DUCK_S: Final = 2.0  # the default
 RATE: Final = 200  # requests a second
 UNDER_WAY_MAX: Final = 64  # more than 200 a second need, unless answers take a third of a second
 WRITE_EVERY: Final = 5  # of so many requests one is a write
@@ -52,32 +52,33 @@ class Clients:
         probes = httpx.AsyncClient(trust_env=False, timeout=PROBE_TIMEOUT_S, limits=limits)
         client = httpx.AsyncClient(trust_env=False, timeout=REQUEST_TIMEOUT_S, follow_redirects=True)
         async with probes, client:
-            await self._probe(probes)
+            for node in self.nodes:
+                await self._probe(probes, node)
             for number in range(KEYS):
                 await self._write(client, self.nodes[0], f"key/{number}", b"first")
             self.outcomes.clear()
             self.written_at_s.clear()
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._probe_on(probes))
+                for node in self.nodes:
+                    tasks.create_task(self._probe_on(probes, node))
                 tasks.create_task(self._send(client))
                 try:
                     yield self
                 finally:
                     self._stopping = True
 
-    async def _probe(self, client: httpx.AsyncClient) -> None:
-        async def is_ready(node: Node) -> bool:
-            try:
-                return (await client.get(f"{node.url}/readyz")).is_success
-            except httpx.TransportError:
-                return False
+    async def _probe(self, client: httpx.AsyncClient, node: Node) -> None:
+        try:
+            ready = (await client.get(f"{node.url}/readyz")).is_success
+        except httpx.TransportError:
+            ready = False
+        if ready != (node in self.ready):
+            self.ready = [*self.ready, node] if ready else [other for other in self.ready if other is not node]
 
-        found = await asyncio.gather(*map(is_ready, self.nodes))
-        self.ready = [node for node, ready in zip(self.nodes, found, strict=True) if ready]
-
-    async def _probe_on(self, client: httpx.AsyncClient) -> None:
+    async def _probe_on(self, client: httpx.AsyncClient, node: Node) -> None:
+        """Probe *node* again and again, whatever becomes of the others."""
         while not self._stopping:
-            await self._probe(client)
+            await self._probe(client, node)
             await asyncio.sleep(PROBE_EVERY_S)
 
     async def _send(self, client: httpx.AsyncClient) -> None:
@@ -152,14 +153,19 @@ async def restart_all(nodes: list[Node]) -> None:
         await asyncio.to_thread(node.start)
 
 
-async def prove(cluster: Cluster, rounds: int, rate_least: float) -> None:
-    """Restart all nodes *rounds* times under load, and print the numbers. Below *rate_least*, they prove nothing."""
+async def start(cluster: Cluster) -> list[Node]:
+    """Start a cluster whose leader knows its followers, and return its nodes."""
     for _ in range(REPLICAS):
         cluster.add(MEHDB_LAME_DUCK=str(LAME_DUCK_S))
     cluster.introduce()
     for node in cluster.nodes:
         await asyncio.to_thread(node.start)
-    clients = Clients(cluster.nodes)
+    return cluster.nodes
+
+
+async def prove(cluster: Cluster, rounds: int, rate_least: float) -> None:
+    """Restart all nodes *rounds* times under load, and print the numbers. Below *rate_least*, they prove nothing."""
+    clients = Clients(await start(cluster))
     async with clients.running():
         for _ in range(rounds):
             await restart_all(cluster.nodes)
@@ -190,3 +196,16 @@ async def test_a_rolling_restart_is_invisible_to_clients_of_ready_nodes(cluster:
 @pytest.mark.soak
 async def test_rolling_restarts_are_invisible_to_clients_of_ready_nodes(cluster: Cluster) -> None:
     await prove(cluster, 5, 0.9 * RATE)
+
+
+async def test_a_node_that_is_killed_is_noticed(cluster: Cluster) -> None:
+    """The control: where nothing is finished and nobody is told, these clients see it."""
+    follower = (await start(cluster))[-1]
+    clients = Clients(cluster.nodes)
+    async with clients.running():
+        async with asyncio.timeout(DEADLINE_S):
+            while not clients.outcomes["resets"]:  # the next probe may come before the next request
+                await asyncio.to_thread(follower.kill)
+                await asyncio.to_thread(follower.start)
+    await asyncio.to_thread(cluster.converge)
+    assert not await asyncio.to_thread(clients.lost)

@@ -48,12 +48,18 @@ def value_of(n: int) -> bytes:
     return (b"value %d " % n) * (2000 if n % 50 == 7 else n % 20)
 
 
+def key_of(n: int) -> bytes:
+    """Return a key: most are short, some so long that a page of the index holds their beginning alone."""
+    key = b"key-%03d" % n
+    return key * 146 if n % 20 == 1 else key
+
+
 def writes() -> list[Write]:
     """Return what is written: each key once, half of them again, a third deleted, a few after that once more."""
     numbers = list(range(KEYS)) + [n for n in range(KEYS) if n % 2] + [n for n in range(KEYS) if n % 5 == 0]
-    sets = [Write(b"key-%03d" % (n * 7 % KEYS), value_of(i), f"type/{i}") for i, n in enumerate(numbers)]
-    deletions = [Write(b"key-%03d" % n, None) for n in range(0, KEYS, 3)]
-    return [*sets, *deletions, *[Write(b"key-%03d" % n, b"again %d" % n) for n in range(0, KEYS, 30)]]
+    sets = [Write(key_of(n * 7 % KEYS), value_of(i), f"type/{i}") for i, n in enumerate(numbers)]
+    deletions = [Write(key_of(n), None) for n in range(0, KEYS, 3)]
+    return [*sets, *deletions, *[Write(key_of(n), b"again %d" % n) for n in range(0, KEYS, 30)]]
 
 
 @dataclass

@@ -4,17 +4,19 @@ The checksum of its page is what notices first. Where a test is about the CRC of
 """
 
 import itertools
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import pytest
 
+from disk import DATABASE, WAL
 from mehdb.errors import Damaged, DamagedRow, StoreFailed
 from mehdb.model import Position
-from mehdb.store import Store, Write, check_directory, require_sound
+from mehdb.store import Store, Write, check_directory, require_sound, verify_snapshot
 from mehdb.store.reader import Reader
-from stores import enqueue, leading, opened, outcomes, put, rewrite, sql
+from stores import checksum_of, child, enqueue, leading, opened, outcomes, put, rewrite, sql
 
 KEY: Final = b"the key"
 VALUE: Final = b"the value"
@@ -178,3 +180,84 @@ async def test_a_torn_page_of_the_file_is_never_served(directory: Path) -> None:
         change = await store.get(b"key-000")
         assert change is not None
         assert change.value == b"value" * 50
+
+
+# The end of the file. What is missing of a page SQLite reads as zeros, and cksumvfs verifies whole pages only.
+
+
+@pytest.fixture
+async def ends_in_the_index(directory: Path) -> Path:
+    """A closed store whose last page is one of the index of keys."""
+    async with leading(directory) as store:
+        for n in range(7):
+            await put(store, b"%d" % n * 1000, b"value")
+    pages = sql(directory, "SELECT name FROM dbstat ORDER BY pageno DESC LIMIT 1")
+    assert pages == [("entry",)]
+    return directory
+
+
+@pytest.mark.parametrize("missing_bytes", [1, 8, 9, 100, 1500, 3000, 4000, 4095])
+async def test_a_file_that_ends_within_a_page_is_refused(ends_in_the_index: Path, missing_bytes: int) -> None:
+    path = ends_in_the_index / DATABASE
+    os.truncate(path, path.stat().st_size - missing_bytes)
+    before = path.read_bytes()
+    for refuse in (require_sound, verify_snapshot):
+        with pytest.raises(Damaged, match="ends within a page"):
+            refuse(ends_in_the_index if refuse is require_sound else path)
+    assert "the file ends within a page" in check_directory(ends_in_the_index).problems
+    (ends_in_the_index / WAL).unlink()  # which a reader has made, and nothing is in it
+    with pytest.raises(Damaged, match="ends within a page"):
+        await Store.open(ends_in_the_index)
+    assert path.read_bytes() == before
+
+
+async def test_the_end_of_a_long_key_is_never_zeros(ends_in_the_index: Path) -> None:
+    """A page of nothing but zeros matches its checksum."""
+    path, key = ends_in_the_index / DATABASE, b"6" * 1000
+    assert checksum_of(bytes(4096)) == bytes(8)
+    rewrite(ends_in_the_index, path.stat().st_size - 4096, bytes(4096), right_checksum=True)
+    async with opened(ends_in_the_index) as store:
+        for refused in (
+            store.get(key), put(store, key, b"new"), put(store, key, None), store.keys(), store.keys(after=key[:900]),
+        ):  # fmt: skip
+            with pytest.raises(DamagedRow):
+                await refused
+        assert await store.get(b"0" * 1000) is not None
+        assert await store.get(b"9" * 1000) is None
+        assert await store.keys(limit=6) == [b"%d" % n * 1000 for n in range(6)]
+        assert (await store.check()).problems
+        assert await put(store, b"short", b"v") == 8
+
+
+WRITE_AND_BE_KILLED = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from mehdb.store import Store, Write
+
+async def main():
+    store = await Store.open(Path(sys.argv[1]))
+    await store.write(Write(b"late", b"value"))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("missing_bytes", [1, 8, 9, 100, 1500, 3000, 4000, 4095])
+async def test_what_is_missing_of_a_page_is_never_read_as_zeros(ends_in_the_index: Path, missing_bytes: int) -> None:
+    """The power may go in a checkpoint, so with a WAL that is no damage yet: but then the WAL has that page."""
+    with child(WRITE_AND_BE_KILLED, ends_in_the_index) as process:
+        process.wait(30)
+    path = ends_in_the_index / DATABASE
+    os.truncate(path, path.stat().st_size - missing_bytes)
+    expected = [b"%d" % n * 1000 for n in range(7)] + [b"late"]
+    with suppress(Damaged):
+        async with opened(ends_in_the_index) as store:
+            assert store.head == 8
+            with suppress(DamagedRow):
+                assert await store.keys() == expected
+            for key in expected:
+                with suppress(DamagedRow):
+                    change = await store.get(key)
+                    assert change is not None
+                    assert change.value == b"value"

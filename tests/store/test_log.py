@@ -102,7 +102,7 @@ def test_a_batch_is_one_row_for_each_change(directory: Path, log: Log) -> None:
     assert tables_of(directory) == {
         "change": rows,
         "entry": [(b"c", 5)],
-        "meta": [(1, HISTORY, 4, 6, chain, 0, 1, 1)],
+        "meta": [(1, HISTORY, 4, 6, chain, 0, 1, 6, 1)],
     }
     assert (log.meta.position, log.meta.keys) == (Position(HISTORY, Revision(6), chain), 1)
 

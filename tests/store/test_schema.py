@@ -69,7 +69,7 @@ def test_a_sqlite_without_the_bug_is_taken(version: str) -> None:
 
 def test_a_new_store_is_empty_and_bears_our_mark(tmp_path: Path) -> None:
     connection = open_writer(tmp_path)
-    assert read_meta(connection) == Meta(None, Epoch(0), ORIGIN, GENESIS, ORIGIN, 0)
+    assert read_meta(connection) == Meta(None, Epoch(0), ORIGIN, GENESIS, ORIGIN, 0, 0)
     assert read_meta(connection).position == Position(None, ORIGIN, GENESIS)
     assert connection.pragma("application_id") == APPLICATION_ID == 0x6D656864
     assert connection.pragma("user_version") == SCHEMA_VERSION
@@ -104,6 +104,7 @@ def test_the_schema_never_changes_without_its_version(tmp_path: Path) -> None:
                 ("chain", "BLOB"),
                 ("floor", "INTEGER"),
                 ("keys", "INTEGER"),
+                ("changes", "INTEGER"),
                 ("schema", "INTEGER"),
             ],
         },

@@ -1,4 +1,4 @@
-"""A change that is live when the window passes it goes when it is superseded, or it would stay for ever."""
+"""A change that is live when the window passes it goes once it is superseded, or it would stay for ever."""
 
 from pathlib import Path
 
@@ -13,11 +13,10 @@ async def test_what_is_superseded_behind_the_window_goes(directory: Path) -> Non
             await put(store, key, b"old" * 2000)
         for number in range(10):
             await put(store, b"key-%d" % number, b"value")
-        assert store.meta.floor > 3
         await put(store, b"overwritten", b"new")
         await put(store, b"deleted", None)
-        for number in range(10):
-            await put(store, b"key-%d" % number, b"value")
+        for number in range(100):
+            await put(store, b"key-%d" % (number % 10), b"value")
         assert store.meta.floor > 15
         assert problems_of(directory) == ()
         value = await store.get(b"live")
@@ -34,4 +33,4 @@ async def test_a_store_that_is_overwritten_slowly_does_not_grow(directory: Path)
             for number in range(10):
                 await put(store, b"key-%d" % number, b"value" * 100)
     assert problems_of(directory) == ()
-    assert len(changes_of(directory)) <= 10 + 2 + 1
+    assert len(changes_of(directory)) <= 10 + 2 + 5 + 1
