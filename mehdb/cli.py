@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from mehdb import __version__, operations
-from mehdb.errors import MehdbError, SettingsError
+from mehdb.errors import MehdbError, Refused, SettingsError
 from mehdb.local import LocalCluster
+from mehdb.model import Role, State
 from mehdb.settings import SETTINGS, flag, load
 from mehdb.transfer import OnStep
 
@@ -149,7 +150,8 @@ def backup(file: File, data_dir: DataDir = DATA_DIR, yes: Yes = False) -> None:
     """Copy a store, live or not, to one file."""
     if file.exists() and file != operations.STANDARD:
         _confirm(f"{file} exists and will be replaced.", yes=yes)
-    meta = operations.backup(data_dir, file)
+    with _progress() as on_step:
+        meta = operations.backup(data_dir, file, on_step)
     typer.echo(f"{file}: history {meta.history}, revision {meta.head}, {meta.keys} keys", err=True)
 
 
@@ -178,11 +180,12 @@ def rejoin(
 ) -> None:
     """Have a follower drop its data for the leader's. What it had is kept aside."""
     status = asyncio.run(operations.status_of(data_dir))
-    if status and status.leader is None:
-        raise operations.Refused(f"{status.node} leads: `mehdb adopt --from URL` takes a follower's data")
+    if status and status.role is Role.LEADER:
+        raise Refused(f"{status.node} leads: `mehdb adopt --from URL` takes a follower's data")
     url = leader or (status.leader.url if status and status.leader else None)
     if url is None:
-        raise operations.Refused("no node runs here that would know its leader: name it with --from URL")
+        who = f"{status.node} has no leader just now" if status else "no node runs here that would know its leader"
+        raise Refused(f"{who}: name it with --from URL")
     _take(data_dir, url, "rejoined", yes=yes)
 
 
@@ -194,8 +197,8 @@ def adopt(
 ) -> None:
     """Have the leader take a peer's history in place of its own. What it had is kept aside."""
     status = asyncio.run(operations.status_of(data_dir))
-    if status and status.leader is not None:
-        raise operations.Refused(f"{status.node} follows: `mehdb rejoin` takes the leader's data")
+    if status and status.role is Role.FOLLOWER:
+        raise Refused(f"{status.node} follows: `mehdb rejoin` takes the leader's data")
     _take(data_dir, peer, "adopted", yes=yes)
 
 
@@ -248,7 +251,7 @@ def _confirm(what: str, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise operations.Refused(f"{what} Say --yes to do it")
+        raise Refused(f"{what} Say --yes to do it")
     typer.confirm(f"{what} Go on?", abort=True, err=True)
 
 
@@ -262,7 +265,7 @@ def _report(data_dir: Path, done: str, kept: Path | None) -> None:
         typer.echo("no node runs here: start it")
     else:
         typer.echo(f"{status.node} is {status.state} at revision {status.revision}: {status.reason or 'ready'}")
-        if not status.ready:
+        if status.state is State.FAILED:
             raise typer.Exit(EXIT_FAILED)
 
 

@@ -14,17 +14,11 @@ from typing import Final, Self
 
 import httpx
 
-from mehdb.errors import MehdbError, PeerUnreachable
+from mehdb.errors import MehdbError, NotRunning, PeerUnreachable
 from mehdb.model import DrainReport, NodeStatus, decode_drain_report, decode_status
 
 SOCKET_NAME: Final = "control"
 ANSWER_TIMEOUT_S: Final = 10.0  # beyond the time that the node was asked to wait
-
-
-class NotRunning(PeerUnreachable):
-    """No node runs on that data directory."""
-
-    code = "not_running"
 
 
 @contextlib.contextmanager

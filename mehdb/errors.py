@@ -15,12 +15,13 @@
     │   ├── Diverged                                       409
     │   └── Compacted                                      410
     ├── PeerError           another node's fault, or the network's
-    │   └── PeerUnreachable (─ PeerAbsent), PeerAnswerInvalid, StaleEpoch
+    │   └── PeerUnreachable (─ PeerAbsent, NotRunning), PeerAnswerInvalid, StaleEpoch
     ├── StoreError          this disk's fault
-    │   ├── DirectoryInUse, UnsafeSqlite, UnknownSchema, Damaged  before anything is opened or changed
+    │   ├── DirectoryInUse, CommandAtWork, UnsafeSqlite, UnknownSchema, Damaged  before anything is opened or changed
     │   ├── DamagedRow                                     500
     │   ├── StoreFailed                                    500
     │   └── DiskFull                                       507
+    ├── Refused             an operator's command would do harm, or nothing
     └── SettingsError       the operator's fault: all that is wrong at once
 
 Each class has a stable `code` (clients may match on it), the HTTP `status` it is answered with, and a message that says
@@ -226,6 +227,12 @@ class PeerAbsent(PeerUnreachable):
     code = "peer_absent"
 
 
+class NotRunning(PeerUnreachable):
+    """No node runs on that data directory."""
+
+    code = "not_running"
+
+
 class PeerAnswerInvalid(PeerError):
     """An answer that no healthy node gives: nothing of it was applied."""
 
@@ -253,6 +260,16 @@ class DirectoryInUse(StoreError):
         super().__init__(
             f"{directory} is in use by process {holder}: stop that one, or give this node a --data-dir of its own"
         )
+        self.holder = holder
+
+
+class CommandAtWork(StoreError):
+    """An operator's command, *holder*, has the files of the data directory."""
+
+    code = "command_at_work"
+
+    def __init__(self, directory: object, holder: str) -> None:
+        super().__init__(f"a command, process {holder}, is at work on {directory}: start again when it has ended")
         self.holder = holder
 
 
@@ -298,6 +315,12 @@ class DiskFull(StoreError):
 
     code = "disk_full"
     status = 507
+
+
+class Refused(MehdbError):
+    """The command would do harm, or nothing. The message says what to do instead."""
+
+    code = "refused"
 
 
 class SettingsError(MehdbError):

@@ -86,11 +86,14 @@ class Life:
         watching = asyncio.create_task(self._watch(), name="watch")
         playing = asyncio.create_task(self._play(), name=self._node.role)
         try:
-            parts: list[asyncio.Future[Any]] = [leaving, playing, self._store.failure]
+            parts: list[asyncio.Future[Any]] = [leaving, playing, watching, self._store.failure]
             await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-            if playing.done() and not self._store.failure.done():
-                playing.result()
-                raise MehdbError(f"the {self._node.role}'s loop ended by itself: this is a bug")
+            if leaving.done():
+                leaving.result()
+            for task in (playing, watching):
+                if task.done() and not self._store.failure.done():
+                    task.result()
+                    raise MehdbError(f"the {task.get_name()} ended by itself: this is a bug")
         finally:
             for task in (leaving, playing, watching):
                 task.cancel()
@@ -102,7 +105,7 @@ class Life:
         """Fail when the volume has gone from under this node: a deleted file takes writes, but keeps none."""
         while not self._store.failure.done():
             await asyncio.sleep(WATCH_EVERY_S)
-            if self._store.vanished():
+            if self._store.vanished() and not self._store.failure.done():
                 self._store.failure.set_result(
                     StoreFailed(f"the store in {self._settings.data_dir} was deleted or replaced while it was open")
                 )

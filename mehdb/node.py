@@ -9,7 +9,7 @@ It decides what is taken and what is refused in each of these states. How they f
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Final
 
@@ -63,13 +63,22 @@ class Node:
         return isinstance(self.part, Follower) and self.part.leader_leaves
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Count a write while it is under way. Raises `NotNow` if none is taken now: nothing was written."""
+    def writing(self) -> Iterator[Callable[[], None]]:
+        """Count a write while it is under way. Raises `NotNow` if none is taken now: nothing was written.
+
+        What it gives is to be called once the body has come: it raises `NotNow` if this node no longer leads as it did.
+        """
         if self.state is not State.SERVING:
             raise self._refusal()
+        part = self.part
+
+        def recheck() -> None:  # a drain finishes what was taken; another store, or a doubt, does not
+            if self.part is not part or part is None or part.state is not State.SERVING:
+                raise self._refusal()
+
         self._writes += 1
         try:
-            yield
+            yield recheck
         finally:
             self._writes -= 1
 
@@ -83,7 +92,7 @@ class Node:
 
     def require_leading(self) -> None:
         """Raise `Recovering` on a leader that does not lead yet: nobody may copy what it holds."""
-        if self.role is Role.LEADER and self.state not in (State.SERVING, State.DRAINING):
+        if self.role is Role.LEADER and not (self.part and self.part.state is State.SERVING):
             raise Recovering("this node does not lead yet: ask again in a moment")
 
     def note_follower(self, position: Position, address: str | None) -> None:
@@ -136,9 +145,15 @@ class Node:
             uptime_seconds=round(monotonic() - self._started_at_s, 3),
             version=__version__,
             commits=self._store.commits,
-            free_bytes=self._store.free_bytes(),
+            free_bytes=self._free_bytes(),
             damage=str(self._store.damage) if self._store.damage else None,
         )
+
+    def _free_bytes(self) -> int:
+        try:
+            return self._store.free_bytes()
+        except OSError:  # a volume that has gone has no room
+            return 0
 
     def drain(self) -> None:
         """Take no more writes from now on. Reads go on, the node is no longer ready, and its followers are told."""

@@ -14,14 +14,29 @@ from pathlib import Path
 from time import monotonic
 from typing import BinaryIO, Final
 
-from mehdb.control import Control, NotRunning
-from mehdb.errors import Damaged, DirectoryInUse, DiskFull, MehdbError, StoreError, StoreFailed
+from mehdb.control import Control
+from mehdb.errors import (
+    CommandAtWork,
+    Damaged,
+    DamagedRow,
+    DirectoryInUse,
+    DiskFull,
+    NotRunning,
+    Refused,
+    StoreError,
+    StoreFailed,
+)
 from mehdb.model import DrainReport, NodePosition, NodeStatus, Role, State
 from mehdb.peers import Peer
 from mehdb.store import (
+    INCOMING,
+    OUTGOING,
     CheckReport,
+    CommandLock,
     DirectoryLock,
     Meta,
+    Room,
+    StoreOptions,
     abandon,
     begin_new_history,
     check_directory,
@@ -30,8 +45,11 @@ from mehdb.store import (
     missing_behind,
     new_history,
     read_mark,
+    remove_leftovers_of_commands,
     require_sound,
     sync_directory,
+    sync_file,
+    take_back_half_kept,
     verify_snapshot,
     write_mark,
 )
@@ -41,13 +59,7 @@ CHUNK_BYTES: Final = 1 << 20
 READY_TIMEOUT_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.1
 STANDARD: Final = Path("-")  # standard input or output
-INCOMING: Final = "store.db.incoming"  # a start removes what is called so and was left
-
-
-class Refused(MehdbError):
-    """The command would do harm, or nothing. The message says what to do instead."""
-
-    code = "refused"
+SETTLED: Final = (State.SERVING, State.DIVERGED, State.DRAINING, State.FAILED)  # which pass slowly, or never
 
 
 @dataclass(frozen=True)
@@ -71,12 +83,17 @@ def check_file(path: Path, on_step: OnStep) -> Meta:
     return verify_snapshot(path, lambda done, total: on_step("check", done, total))
 
 
-def backup(directory: Path, path: Path) -> Meta:
-    """Copy the store in *directory*, live or not, to *path* ("-": standard output), whole and durable or not at all."""
+def backup(directory: Path, path: Path, on_step: OnStep) -> Meta:
+    """Copy the store in *directory*, live or not, to *path* ("-": standard output): whole, verified and durable.
+
+    Or not at all. Raises `StoreError`.
+    """
     to_output = path == STANDARD
-    partial = directory / f"store.db.outgoing-{os.getpid()}" if to_output else path.with_name(f"{path.name}.part")
+    partial = directory / f"{OUTGOING}-{os.getpid()}" if to_output else path.with_name(f"{path.name}.part")
     try:
-        snapshot = make_snapshot(directory, partial, None)
+        remove_leftovers_of_commands(directory)
+        snapshot = make_snapshot(directory, partial, _room_for(partial, directory))
+        verify_snapshot(partial, lambda done, total: on_step("verify", done, total))
         if to_output:
             with partial.open("rb") as file:
                 _copy(file, sys.stdout.buffer)
@@ -85,12 +102,21 @@ def backup(directory: Path, path: Path) -> Meta:
                 os.fsync(file.fileno())
             partial.replace(path)
             sync_directory(path.parent)
+    except (Damaged, DamagedRow) as error:
+        why = str(error).replace(str(partial), "the copy")
+        raise Damaged(f"the store in {directory} cannot be backed up ({why}): back up another node") from error
     except OSError as error:
         raise StoreFailed(f"{path} cannot be written: {error.strerror}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     return snapshot.meta
+
+
+def _room_for(copy: Path, directory: Path) -> Room | None:
+    """Return what a *copy* of the store must leave room in: the data directory, where that is in there."""
+    inside = copy.resolve().is_relative_to(directory.resolve())
+    return Room(directory, StoreOptions().disk_reserve_bytes) if inside else None
 
 
 async def restore(directory: Path, path: Path, *, replace: bool, on_step: OnStep) -> tuple[Meta, Path | None]:
@@ -101,8 +127,8 @@ async def restore(directory: Path, path: Path, *, replace: bool, on_step: OnStep
     status = await status_of(directory)
     if status and status.role is Role.FOLLOWER:
         raise Refused(f"{status.node} follows: restore on the leader, then `mehdb rejoin` on each follower")
-    if not replace and holds_data(directory):
-        raise Refused(f"{directory} holds a store: say --replace to keep it aside and restore into its place")
+    if not replace:
+        _require_no_data(directory)
     with _incoming(directory) as incoming:
         if path == STANDARD:
             await asyncio.to_thread(_copy_to, sys.stdin.buffer, incoming)
@@ -115,7 +141,7 @@ async def restore(directory: Path, path: Path, *, replace: bool, on_step: OnStep
             raise Refused(str(error).replace(str(incoming), str(path)) + ": nothing was changed") from error
         await asyncio.to_thread(begin_new_history, incoming, new_history())
         meta = await asyncio.to_thread(verify_snapshot, incoming)
-        return meta, await _install(directory, incoming, meta, "replaced")
+        return meta, await _install(directory, incoming, meta, "replaced", only_if_empty=not replace)
 
 
 async def take(directory: Path, url: str, keep: str, on_step: OnStep) -> tuple[Meta, Path | None]:
@@ -144,6 +170,8 @@ async def accept_loss(directory: Path, *, start_empty: bool, on_step: OnStep) ->
     Where more is broken, *start_empty* sets it aside: returns where. Raises `Refused` without that.
     """
     async with _alone(directory):
+        with _usable(directory):
+            take_back_half_kept(directory)
         broken = loss(directory)
         try:
             found = await asyncio.to_thread(check, directory, on_step)
@@ -183,11 +211,11 @@ async def position_of(url: str) -> NodePosition:
 
 
 async def until_settled(directory: Path) -> NodeStatus | None:
-    """Return the status of the node on *directory* once it serves, fails or has done neither for long; None without."""
+    """Return the status of the node on *directory* once it is settled, or was not for long; None if none runs."""
     end_s = monotonic() + READY_TIMEOUT_S
     while True:
         status = await status_of(directory)
-        if status is None or status.state in (State.SERVING, State.FAILED) or monotonic() > end_s:
+        if status is None or status.state in SETTLED or monotonic() > end_s:
             return status
         await asyncio.sleep(LOOK_EVERY_S)
 
@@ -203,30 +231,49 @@ def holds_data(directory: Path) -> bool:
             return False
 
 
-async def _install(directory: Path, incoming: Path, meta: Meta, keep: str) -> Path | None:
-    async with _alone(directory):
-        with _usable(directory):
+def _require_no_data(directory: Path) -> None:
+    if holds_data(directory):
+        raise Refused(f"{directory} holds a store: say --replace to keep it aside and restore into its place")
+
+
+async def _install(
+    directory: Path, incoming: Path, meta: Meta, keep: str, *, only_if_empty: bool = False
+) -> Path | None:
+    with _usable(directory):
+        await asyncio.to_thread(sync_file, incoming)  # before the node is suspended: this may take long
+        async with _alone(directory):
+            if only_if_empty:  # no longer, if somebody has written meanwhile
+                _require_no_data(directory)
             return await asyncio.to_thread(install, directory, incoming, meta, keep)
 
 
 @contextlib.asynccontextmanager
 async def _alone(directory: Path) -> AsyncIterator[None]:
-    """Have the files in *directory* to ourselves: by its lock, or by suspending the node that holds that."""
-    try:
-        lock = DirectoryLock(directory)
-    except DirectoryInUse as error:
+    """Have the files in *directory* to ourselves: by its lock, or by suspending the node that holds that.
+
+    No other command works there meanwhile, nor does a node start: a suspended one that ends lets go of its lock.
+    """
+    with contextlib.ExitStack() as locks:
+        with _usable(directory):
+            try:
+                locks.callback(CommandLock(directory).release)
+            except CommandAtWork as error:
+                raise Refused(
+                    f"another command, process {error.holder}, is at work on {directory}: wait for it"
+                ) from error
+            try:
+                locks.callback(DirectoryLock(directory).release)
+                in_use = None
+            except DirectoryInUse as error:
+                in_use = error
+        if in_use is None:
+            yield
+            return
         try:
             async with Control(directory) as control, control.suspended():
                 yield
         except NotRunning:
-            raise error from None
-        return
-    except OSError as error:
-        raise StoreFailed(f"{directory} cannot be used: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        lock.release()
+            raise in_use from None
 
 
 @contextlib.contextmanager
@@ -234,9 +281,7 @@ def _incoming(directory: Path) -> Iterator[Path]:
     """Have a place in *directory*, which is made, for a store that arrives."""
     with _usable(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(f"{INCOMING}-*"):  # by a command that was killed
-            if not Path("/proc", left.name.removeprefix(f"{INCOMING}-")).exists():
-                left.unlink(missing_ok=True)
+        remove_leftovers_of_commands(directory)
     incoming = directory / f"{INCOMING}-{os.getpid()}"
     try:
         yield incoming

@@ -45,6 +45,7 @@ from mehdb.model import (
 CONNECT_TIMEOUT_S: Final = 2.0  # a dead address answers nothing: one retry of the kernel's SYN
 ANSWER_TIMEOUT_S: Final = 2.5  # between two chunks of an answer: whoever works on one says so each second (102)
 PAGE_TIMEOUT_S: Final = 60.0  # for a whole page of the largest size, beyond that: 1 MiB/s
+HEADERS: Final = {"Mehdb-Heartbeat": "yes"}
 ABSENT_NAMES: Final = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 REPR_DIGEST: Final = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")  # RFC 9530
 NUMBER: Final = re.compile("[0-9]{1,18}")  # below 2**63: what a column can hold
@@ -80,7 +81,9 @@ class Peer:
         limits = httpx.Limits(max_connections=4, max_keepalive_connections=2, keepalive_expiry=30)
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         # trust_env: a proxy for the outside world must not come between two pods.
-        return httpx.AsyncClient(base_url=self.url, limits=limits, timeout=timeout, trust_env=False, verify=_tls())
+        return httpx.AsyncClient(
+            base_url=self.url, headers=HEADERS, limits=limits, timeout=timeout, trust_env=False, verify=_tls()
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -204,8 +207,10 @@ class Peer:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, writer = await asyncio.open_connection(url.host, port)
                 writer.close()
-        except OSError as error:
+        except ConnectionRefusedError as error:
             raise PeerAbsent(f"{self.url}: nobody listens there") from error
+        except OSError as error:  # a machine that is off may come back, with data
+            raise PeerUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
 
     def _understood(self, answer: httpx.Response, body: bytes, position: Position, seen: Epoch | None) -> Pull:
         """Return what an answer to `/replicate` means. *seen* is None where any node may answer."""

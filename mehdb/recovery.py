@@ -139,7 +139,10 @@ def _decide_without(own: Own, peers: Peers) -> Decision:
     if holders:
         return _decide_whose_snapshot(own, holders)
     if peers.silent:
-        return Wait(f"waiting for {_listed(peers.silent)}, which may hold data")
+        return Wait(
+            f"waiting for {_listed(peers.silent)}, which may hold data: bring it back; if its store is damaged, run "
+            "`mehdb accept-loss` there, or `mehdb restore` here"
+        )
     if own.damaged:
         return Refuse(
             f"{own.damaged}; no peer holds a copy: bring the volume back, restore a backup with `mehdb restore`, or "
@@ -209,9 +212,10 @@ class Leader:
         """Return when this node leads."""
         started_at_s, said = monotonic(), ""
         while True:
-            peers = await self._ask()
-            decision = decide(self._own(), peers, waited=monotonic() - started_at_s > SILENT_TIMEOUT_S)
             try:
+                await self._reopen()
+                peers = await self._ask()
+                decision = decide(self._own(), peers, waited=monotonic() - started_at_s > SILENT_TIMEOUT_S)
                 if await self._carry_out(decision):
                     return
             except (PeerError, Compacted, DiskFull, DamagedRow, NotNow) as error:
@@ -277,9 +281,12 @@ class Leader:
         """Take the whole store of *peer* in place of this one's, which is kept if there was anything in it."""
         store = self._store
         before = store.head
-        meta = await fetch(peer, store.incoming)
-        keep = "damaged" if self._damaged else "replaced" if before else None
-        kept = await store.replace(store.incoming, meta, keep, only_at=before)
+        try:
+            meta = await fetch(peer, store.incoming)
+            keep = "damaged" if self._damaged else "replaced" if before else None
+            kept = await store.replace(store.incoming, meta, keep, only_at=before)
+        finally:
+            await asyncio.to_thread(store.incoming.unlink, missing_ok=True)
         self._damaged = None
         log.info("snapshot taken revision=%d from=%s kept=%s", meta.head, peer.url, kept or "nothing")
 
@@ -297,6 +304,14 @@ class Leader:
                     return
                 self.state, self.problem = State.SERVING, None
             await asyncio.sleep(ASK_AGAIN_S)
+
+    async def _reopen(self) -> None:
+        """Open the store, if it could not be opened after another one was to be put in its place. Raises `DiskFull`."""
+        if self._damaged is None and not self._store.is_open:
+            try:
+                await self._store.start()
+            except Damaged as error:
+                self._damaged = error
 
     def _own(self) -> Own:
         if self._damaged is None:

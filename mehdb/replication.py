@@ -23,12 +23,13 @@ from mehdb.errors import (
     Diverged,
     MehdbError,
     NotNow,
+    PeerAnswerInvalid,
     PeerError,
     StaleEpoch,
 )
-from mehdb.model import LeaderStatus, Page, Position, Revision, State
+from mehdb.model import ORIGIN, Epoch, History, LeaderStatus, Page, Position, Revision, State
 from mehdb.peers import Peer, Pull
-from mehdb.store import Store
+from mehdb.store import Meta, Store, read_mark
 from mehdb.transfer import fetch
 
 log = logging.getLogger("mehdb.replication")
@@ -44,6 +45,7 @@ DIVERGED_ADVICE: Final = (
 DIVERGED_MOST_S: Final = 10.0  # in the long run an operator has to act: asking often helps nobody
 HEAL_AGAIN_S: Final = 600.0  # a disk that damages what was mended just now is not mended by more of it
 HEAL_RETRY_S: Final = 30.0
+SNAPSHOT_RETRY_S: Final = 10.0  # the leader copies its whole store for each: not again at once for what was of no use
 LEAVING: Final = (State.DRAINING, State.STOPPED)
 
 
@@ -62,6 +64,9 @@ class Follower:
         self._node = node
         self._damaged = damaged
         self._heal_at_s = monotonic()  # not before
+        self._heals = 0
+        self._refused: MehdbError | None = None  # why the last snapshot was of no use
+        self._snapshot_at_s = 0.0  # no other before
         self._pages_only = False  # the leader could not give a snapshot: pages will have to do
         self._target: Revision | None = None  # the head to reach before serving: the leader's when first asked
         self._head: Revision | None = None  # the leader's, when last heard
@@ -108,6 +113,7 @@ class Follower:
 
     async def _follow(self) -> None:
         """Ask, apply, ask again, until something fails."""
+        await self._reopen()
         if self._damaged:
             await self._take_snapshot()
         await self._heal_if_damaged()
@@ -125,6 +131,14 @@ class Follower:
             await self._heal_if_damaged()
             # Only now, at the head: what this asks after is durable here, and asking is what acknowledges it.
             pull = await self._pull(self._store.position)
+
+    async def _reopen(self) -> None:
+        """Open the store, if it could not be opened after another one was to be put in its place. Raises `DiskFull`."""
+        if self._damaged is None and not self._store.is_open:
+            try:
+                await self._store.start()
+            except Damaged as error:
+                self._damaged = error
 
     async def _pull_or_snapshot(self) -> Pull:
         """Return the next page, after taking the leader's snapshot if it says that there is no other way."""
@@ -152,30 +166,48 @@ class Follower:
 
         Raises what `fetch` does, and `Diverged` if what is here is no older state of it: nothing is replaced then.
         """
-        store = self._store
-        meta = await fetch(self._leader, store.incoming)
-        own = store.meta  # of a store that cannot be opened, nothing is known
-        if own.head and (meta.history != own.history or meta.head < own.head):
+        if self._refused and monotonic() < self._snapshot_at_s:
+            raise self._refused
+        try:
+            await self._replace_by(await fetch(self._leader, self._store.incoming))
+        except (DiskFull, Diverged, StaleEpoch, PeerAnswerInvalid) as error:
+            self._refused, self._snapshot_at_s = error, monotonic() + SNAPSHOT_RETRY_S
+            raise
+        finally:
+            await asyncio.to_thread(self._store.incoming.unlink, missing_ok=True)
+        self._damaged, self._refused, self._pages_only = None, None, False
+
+    async def _replace_by(self, meta: Meta) -> None:
+        """Put what has arrived, whose state is *meta*, in the store's place, if that was an older state of it."""
+        store, history, head, epoch = self._store, *self._own()
+        if head and (meta.history != history or meta.head < head):
             raise Diverged(f"the leader's snapshot is of {meta.history} at {meta.head}, no later state of this store")
-        if meta.history == own.history and meta.epoch < own.epoch:
-            raise StaleEpoch(f"the snapshot is of epoch {meta.epoch}, which is over: {own.epoch} has been seen")
+        if meta.history == history and meta.epoch < epoch:
+            raise StaleEpoch(f"the snapshot is of epoch {meta.epoch}, which is over: {epoch} has been seen")
         if self._damaged or store.damage:
             keep: str | None = "damaged"
         else:
-            keep = None if own.head == 0 or await store.continued_by(store.incoming) else "behind"
+            keep = None if head == 0 or await store.continued_by(store.incoming) else "behind"
         kept = await store.replace(store.incoming, meta, keep)
-        self._damaged, self._pages_only = None, False
         log.info("snapshot taken revision=%d leader=%s kept=%s", meta.head, self._leader.url, kept or "nothing")
+
+    def _own(self) -> tuple[History | None, Revision, Epoch]:
+        """Return the store's history, head and epoch; of one that cannot be opened, what it once acknowledged."""
+        if self._damaged is None:
+            return self._store.meta.history, self._store.head, self._store.meta.epoch
+        mark = read_mark(self._store.directory)
+        return (mark.history, mark.revision, Epoch(0)) if mark else (None, ORIGIN, Epoch(0))
 
     async def _heal_if_damaged(self) -> None:
         """Take a snapshot if damage was met. If that fails, go on with what is sound, and try again later."""
         if self._store.damage is None or monotonic() < self._heal_at_s:
             return
         log.error('damage met, taking a snapshot reason="%s"', self._store.damage)
-        self._heal_at_s = monotonic() + HEAL_AGAIN_S
+        self._heal_at_s = monotonic() + HEAL_AGAIN_S * 2**self._heals
         try:
             await self._take_snapshot()
-        except (PeerError, DiskFull, Diverged) as error:
+            self._heals += 1  # each leaves a copy: a disk that goes on damaging must not be filled with them
+        except (PeerError, DiskFull, Diverged, DamagedRow, NotNow) as error:
             self._heal_at_s = monotonic() + HEAL_RETRY_S
             log.warning('damage stays code=%s reason="%s"', error.code, error)
 

@@ -5,6 +5,7 @@ It puts nothing in any store's place. Whoever asked for it does, once it is know
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
@@ -54,7 +55,23 @@ async def fetch(peer: Peer, path: Path, on_step: OnStep | None = None) -> Meta:
 
 async def _fetch(peer: Peer, path: Path, say: OnStep) -> Meta:
     announced = await peer.download(path, lambda done, total: say("download", done, total))
-    meta = await asyncio.to_thread(verify_snapshot, path, lambda done, total: say("verify", done, total))
+    meta = await _verified(path, say)
     if (meta.history, meta.head) != (announced.history, announced.revision):
         raise PeerAnswerInvalid(f"{peer.url}: the snapshot is not the one that was announced")
     return meta
+
+
+async def _verified(path: Path, say: OnStep) -> Meta:
+    """Verify all of the store at *path* in a thread, which ends soon when nobody waits for it any more."""
+    given_up = threading.Event()
+
+    def on_progress(done: int, total: int) -> None:
+        if given_up.is_set():
+            raise InterruptedError
+        say("verify", done, total)
+
+    try:
+        return await asyncio.to_thread(verify_snapshot, path, on_progress)
+    except asyncio.CancelledError:
+        given_up.set()
+        raise

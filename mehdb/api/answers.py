@@ -27,6 +27,7 @@ JOIN_BYTES_MAX: Final = 1 << 16  # below this, copying a body behind its head is
 STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 BODILESS: Final = frozenset({204})  # RFC 9110, 6.4.1
 BODY_RATE_MIN: Final = 64 << 10  # bytes per second, in the long run, either way: slower only holds memory and a socket
+HEARTBEAT: Final = "Mehdb-Heartbeat"  # asked for by name: not every client passes over a 102
 BEAT_S: Final = 1.0  # two may be lost to a busy machine before a peer gives up
 FILE_CHUNK_BYTES: Final = 1 << 18  # amortises the thread that reads it
 FILE_STALL_S: Final = 5.0  # for a chunk of a file: whoever waits for their turn is another node
@@ -203,14 +204,14 @@ def error_answer(error: MehdbError) -> Answer:
 
 
 async def heard(request: web.BaseRequest, work: Coroutine[Any, Any, T]) -> T:
-    """Return what *work* gives. Until it does, tell the client each second that somebody is at it (102, RFC 2518).
+    """Return what *work* gives. Until it does, tell a peer each second that somebody is at it (102, RFC 2518).
 
     So a client need not wait long for a leader that has gone without a word, however long an answer may take.
     """
     task = asyncio.create_task(work)
     try:
         while not (await asyncio.wait([task], timeout=BEAT_S))[0]:
-            if request.transport is not None and request.version >= (1, 1):
+            if request.transport is not None and HEARTBEAT in request.headers:
                 request.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
         return task.result()
     finally:

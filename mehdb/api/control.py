@@ -15,6 +15,7 @@ from mehdb.model import DrainReport, NodeStatus
 
 JSON: Final = "application/json"
 WAIT_S_MAX: Final = 3600.0
+GONE_EVERY_S: Final = 0.02  # how often it looks whether the client has gone
 
 
 class ControlView(Protocol):
@@ -70,6 +71,3 @@ class ControlApi:
             while request.transport is not None and not request.transport.is_closing():  # noqa: ASYNC110  aiohttp has
                 await asyncio.sleep(GONE_EVERY_S)  # no event for it
         return answer
-
-
-GONE_EVERY_S: Final = 0.02  # how often it looks whether the client has gone

@@ -70,8 +70,9 @@ class DataRoutes:
         if content_type is not None and not CONTENT_TYPE.fullmatch(content_type):
             raise BadParameter("the Content-Type must be 1 to 255 characters of ASCII: nothing was written")
         settings = self._settings
-        with self._node.writing():
+        with self._node.writing() as recheck:
             value = await read_body(request, settings.max_value, settings.body_timeout, self._arriving)
+            recheck()
             return await self._write(Write(key, value, content_type))
 
     async def delete(self, _request: web.BaseRequest, target: Target, rest: str) -> Answer:

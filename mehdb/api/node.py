@@ -1,5 +1,6 @@
 """What the API must know of the node that it speaks for."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -46,8 +47,11 @@ class NodeView(Protocol):
         """Whether every answer ends its connection, as the node is about to stop."""
         ...
 
-    def writing(self) -> AbstractContextManager[None]:
-        """Count a write while it is under way. Raises `NotNow` if none is taken now: nothing was written."""
+    def writing(self) -> AbstractContextManager[Callable[[], None]]:
+        """Count a write while it is under way. Raises `NotNow` if none is taken now: nothing was written.
+
+        What it gives is to be called once the body has come: it raises `NotNow` if this node no longer leads as it did.
+        """
         ...
 
     def require_leading(self) -> None:

@@ -4,6 +4,7 @@ A follower's next request acknowledges what it holds durably, so that a node kno
 are, without any state on disk.
 """
 
+import logging
 import re
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -14,7 +15,7 @@ from aiohttp import web
 from mehdb.api.answers import Answer, heard, json_answer
 from mehdb.api.node import NodeView
 from mehdb.api.requests import Parameters, Target, no_parameters, seconds
-from mehdb.errors import Compacted, NotSynced, StoreAway
+from mehdb.errors import Compacted, Diverged, NotSynced, StoreAway
 from mehdb.model import (
     GENESIS,
     ORIGIN,
@@ -30,6 +31,8 @@ from mehdb.model import (
 )
 from mehdb.settings import whole_number
 from mehdb.store import Store
+
+log = logging.getLogger("mehdb.api")
 
 MSGPACK: Final = "application/vnd.msgpack"
 WAIT_S_MAX: Final = 60.0  # proxies and clients give up on a silent connection at about this age
@@ -51,12 +54,20 @@ class Followers:
 
     def __init__(self) -> None:
         self._seen: dict[str, _Seen] = {}
+        self._refused: set[str] = set()
 
     def note(self, node: str, revision: Revision) -> None:
         """Take down that *node* holds everything up to *revision*."""
         if node not in self._seen and len(self._seen) >= FOLLOWERS_MAX:
             del self._seen[min(self._seen, key=lambda name: self._seen[name].at_s)]
         self._seen[node] = _Seen(revision, monotonic(), self.is_told(node))
+        self._refused.discard(node)
+
+    def refuse(self, node: str, reason: str) -> None:
+        """Take down that *node* is diverged, and tell once."""
+        if self._seen.pop(node, None) is not None or node not in self._refused:
+            log.warning('follower refused node=%s reason="%s"', node, reason)
+        self._refused = {*list(self._refused)[: FOLLOWERS_MAX - 1], node}
 
     def is_told(self, node: str) -> bool:
         """Return whether *node* has been told that this one drains. Until then no long poll may keep that from it."""
@@ -127,7 +138,8 @@ class ReplicationRoutes:
         """Answer with this node's position."""
         no_parameters(target.query)
         if not self._store.is_open:  # else a store that cannot be read would look like an empty one
-            raise StoreAway("this node has not opened its store: ask again in a moment")
+            problems = "; ".join(check.problem for check in self._node.checks() if check.problem)
+            raise StoreAway(f"this node has not opened its store: {problems}")
         meta = self._store.meta
         return json_answer(
             NodePosition(
@@ -155,7 +167,12 @@ class ReplicationRoutes:
         self._node.require_leading()
         if self._store.meta.history is None:
             raise NotSynced("this node holds nothing yet: ask another one")
-        page = await heard(request, self._store.page_after(position))
+        try:
+            page = await heard(request, self._store.page_after(position))
+        except Diverged as error:
+            if node is not None:
+                self._followers.refuse(node, str(error))
+            raise
         if may_snapshot:
             self._send_for_snapshot(position)
         if node is not None:

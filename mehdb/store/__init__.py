@@ -18,24 +18,30 @@ durable, shown after it is durable, and shown as it was written or not at all.
 """
 
 from mehdb.store.check import CheckReport, OnProgress, check_directory
-from mehdb.store.lock import DirectoryLock, lock_holder
+from mehdb.store.lock import CommandLock, DirectoryLock, lock_holder
 from mehdb.store.log import Write
 from mehdb.store.mark import read_mark, write_mark
-from mehdb.store.schema import Meta, missing_behind, new_history, require_sound, sync_directory
+from mehdb.store.room import Room
+from mehdb.store.schema import Meta, missing_behind, new_history, require_sound, sync_directory, sync_file
 from mehdb.store.session import StoreOptions
 from mehdb.store.snapshot import (
+    INCOMING,
+    OUTGOING,
     Snapshot,
     abandon,
     begin_new_history,
     install,
     keep_copy,
     make_snapshot,
+    remove_leftovers_of_commands,
+    take_back_half_kept,
     verify_snapshot,
 )
 from mehdb.store.store import Store
 
 __all__ = [
-    "CheckReport", "DirectoryLock", "Meta", "OnProgress", "Snapshot", "Store", "StoreOptions", "Write", "abandon",
-    "begin_new_history", "check_directory", "install", "keep_copy", "lock_holder", "make_snapshot", "missing_behind",
-    "new_history", "read_mark", "require_sound", "sync_directory", "verify_snapshot", "write_mark",
+    "INCOMING", "OUTGOING", "CheckReport", "CommandLock", "DirectoryLock", "Meta", "OnProgress", "Room", "Snapshot",
+    "Store", "StoreOptions", "Write", "abandon", "begin_new_history", "check_directory", "install", "keep_copy",
+    "lock_holder", "make_snapshot", "missing_behind", "new_history", "read_mark", "remove_leftovers_of_commands",
+    "require_sound", "sync_directory", "sync_file", "take_back_half_kept", "verify_snapshot", "write_mark",
 ]  # fmt: skip

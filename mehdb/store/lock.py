@@ -1,4 +1,7 @@
-"""One process per data directory: two on one volume would each believe to be the only writer."""
+"""One process per data directory: two on one volume would each believe to be the only writer.
+
+And one operator's command, which has the files while the node there is suspended: if that ends, no other starts.
+"""
 
 import contextlib
 import errno
@@ -7,9 +10,10 @@ import os
 from pathlib import Path
 from typing import Final
 
-from mehdb.errors import DirectoryInUse
+from mehdb.errors import CommandAtWork, DirectoryInUse
 
 FILE_NAME: Final = "lock"
+COMMAND_NAME: Final = "operation"
 
 
 class DirectoryLock:
@@ -27,21 +31,63 @@ class DirectoryLock:
                 raise
             self.read_only = True
             self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _locked(self._fd, fcntl.LOCK_EX):
             holder = "unknown" if self.read_only else _named(self._fd)
             os.close(self._fd)
-            raise DirectoryInUse(directory, holder) from error
+            raise DirectoryInUse(directory, holder)
         if not self.read_only:
-            # Before it is cut: whoever reads the file's first line finds one process or the other, never nothing. On a
-            # full volume it names nobody, or somebody who has gone: that is no reason not to start.
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0))
+            _name(self._fd)
 
     def release(self) -> None:
         """Let the next process have the directory."""
         os.close(self._fd)
+
+
+class CommandLock:
+    """An exclusive `flock` on DIRECTORY/operation, held by a command while the files there are its own."""
+
+    def __init__(self, directory: Path) -> None:
+        """Take the lock. Raises `CommandAtWork`, naming the process that holds it."""
+        self._fd = os.open(directory / COMMAND_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if not _locked(self._fd, fcntl.LOCK_EX):
+            holder = _named(self._fd)
+            os.close(self._fd)
+            raise CommandAtWork(directory, holder)
+        _name(self._fd)
+
+    def release(self) -> None:
+        """Let the next command, or a node that starts, have the files."""
+        os.close(self._fd)
+
+
+def refuse_beside_command(directory: Path) -> None:
+    """Raise `CommandAtWork` if a command has the files in *directory*, whose lock is held."""
+    try:
+        fd = os.open(directory / COMMAND_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        if not _locked(fd, fcntl.LOCK_SH):
+            raise CommandAtWork(directory, _named(fd))
+    finally:
+        os.close(fd)
+
+
+def _locked(fd: int, kind: int) -> bool:
+    """Take the lock on the file at once. Return whether nobody else has it."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _name(fd: int) -> None:
+    """Have the locked file name this process."""
+    # Before it is cut: whoever reads the file's first line finds one process or the other, never nothing. On a full
+    # volume it names nobody, or somebody who has gone: that is no reason not to start.
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, os.pwrite(fd, f"{os.getpid()}\n".encode(), 0))
 
 
 def _named(fd: int) -> str:

@@ -34,9 +34,9 @@ class Room:
         volume = os.statvfs(self._directory)
         return min(self._reserve_bytes, volume.f_blocks * volume.f_frsize // RESERVE_SHARE)
 
-    def lacks(self, reusable_bytes: int = 0) -> bool:
-        """Return whether less than the reserve is left. *reusable_bytes* are free in the file, or owed to it."""
-        return self.free_bytes() + reusable_bytes < self.reserve_bytes()
+    def lacks(self, reusable_bytes: int = 0, factor: int = 1) -> bool:
+        """Return whether less than *factor* reserves are left. *reusable_bytes* are free in the file, or owed to it."""
+        return self.free_bytes() + reusable_bytes < factor * self.reserve_bytes()
 
     def take_ballast(self) -> None:
         """Set the ballast down, if there is plenty of room."""

@@ -196,7 +196,7 @@ def open_copy(path: Path) -> apsw.Connection:
 
 
 def require_sound(directory: Path) -> Meta:
-    """Return `meta` of the store in *directory*, which no process has open. Nothing is changed.
+    """Return `meta` of the store in *directory*, live or not. Nothing is changed.
 
     Raises `FileNotFoundError` if there never was one, and what `verify_opened` does.
     """
@@ -208,6 +208,7 @@ def require_sound(directory: Path) -> Meta:
     except apsw.Error as error:
         raise Damaged(f"{directory / FILE_NAME} cannot be opened: {error}") from error
     try:
+        connection.execute("BEGIN")  # one state of it
         return verify_opened(connection, directory)
     finally:
         connection.close()
@@ -219,6 +220,7 @@ def verify_opened(connection: apsw.Connection, directory: Path) -> Meta:
     Raises `UnknownSchema`, and `Damaged` where it cannot be read, contradicts itself or lacks acknowledged changes.
     """
     path = directory / FILE_NAME
+    mark = read_mark(directory)  # before the store, which a live node goes on writing
     if path.stat().st_size == 0:
         raise Damaged(f"{path} has 0 bytes")
     try:
@@ -232,7 +234,7 @@ def verify_opened(connection: apsw.Connection, directory: Path) -> Meta:
         if is_damage(error) or isinstance(error, apsw.SQLError | DamagedRow):
             raise Damaged(f"{path} cannot be trusted: {error}") from error
         raise
-    if missing := missing_behind(read_mark(directory), meta.position):
+    if missing := missing_behind(mark, meta.position):
         raise Damaged(
             f"{path} ends at revision {meta.head}, but {meta.head + missing} has been acknowledged: {missing} changes "
             "are missing at its end",

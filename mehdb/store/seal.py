@@ -1,6 +1,7 @@
 """The seals on a change: a CRC that shows damage to its row, and a chain that shows any difference before it.
 
-SQLite has no page checksums, so that a flipped bit in a value passes its `integrity_check`. Pure functions.
+A page's checksum is made when the page is written, and says nothing of what became of a row before or after, in memory
+or in a live WAL; a row's own is verified at each read. Pure functions.
 """
 
 import hashlib

@@ -6,6 +6,7 @@ a crash at any point leaves the old one or the new one.
 
 import hashlib
 import os
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from mehdb.store.schema import (
     open_reader,
     read_meta,
     refuse_other_schema,
+    require_sound,
     require_whole_pages,
     sync_directory,
     sync_file,
@@ -42,6 +44,7 @@ from mehdb.store.schema import (
 
 INCOMING: Final = f"{FILE_NAME}.incoming"  # what arrives, until it is whole and verified
 OUTGOING: Final = f"{FILE_NAME}.outgoing"  # what is sent
+OF_COMMAND: Final = re.compile(rf"{re.escape(FILE_NAME)}\.(?:incoming|outgoing)-(\d+)")  # with the command's process
 CHAINS: Final = "SELECT revision, chain FROM change WHERE revision <= ? ORDER BY revision DESC LIMIT 1000"
 CHAIN: Final = "SELECT chain FROM change WHERE revision = ?"
 COPY_PAGES: Final = 2000  # pages copied between two looks of other threads: 8 MB, a few milliseconds
@@ -163,12 +166,13 @@ def install(directory: Path, incoming: Path, meta: Meta, keep: str | None) -> Pa
     Returns where. A crash leaves the old store or the new one, or the old one in a way that shows its damage.
     """
     sync_file(incoming)
-    wal = directory / WAL_NAME
-    left_open = wal.exists() and wal.stat().st_size > 0
+    left_open = _holds_bytes(directory / WAL_NAME)
     if keep == BEHIND:
         for earlier in directory.glob(f"{BEHIND}-*"):  # one is enough: they are made without an operator
             shutil.rmtree(earlier, ignore_errors=True)
     kept = keep_copy(directory, keep or "replaced") if keep or left_open else None
+    if left_open and (directory / mark.FILE_NAME).exists():
+        sync_file(directory / mark.FILE_NAME)  # without its WAL the old store ends earlier, which nothing else tells
     # A WAL must never meet a database that it is not of.
     for name in (WAL_NAME, SHM_NAME):
         (directory / name).unlink(missing_ok=True)
@@ -198,16 +202,24 @@ def continues(incoming: Path, directory: Path, head: Revision) -> bool:
     """
     later, earlier = open_copy(incoming), open_reader(directory)
     try:
-        for revision, chain in later.execute(CHAINS, (head,)):
-            own = earlier.execute(CHAIN, (revision,)).get
-            if own not in (None, chain):
-                raise Diverged(f"the chain at revision {revision} is another in the snapshot: the changes differ")
-            if revision == head:
-                return True
-        return False
+        return _has_chain_of(later, earlier, head)
+    except apsw.Error as error:
+        if is_damage(error):
+            raise DamagedRow(f"this node's store is damaged, so it cannot be compared: {error}") from error
+        raise
     finally:
         later.close()
         earlier.close()
+
+
+def _has_chain_of(later: apsw.Connection, earlier: apsw.Connection, head: Revision) -> bool:
+    for revision, chain in later.execute(CHAINS, (head,)):
+        own = earlier.execute(CHAIN, (revision,)).get
+        if own not in (None, chain):
+            raise Diverged(f"the chain at revision {revision} is another in the snapshot: the changes differ")
+        if revision == head:
+            return True
+    return False
 
 
 def begin_new_history(path: Path, history: str) -> None:
@@ -224,8 +236,49 @@ def begin_new_history(path: Path, history: str) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what a process that was killed has left half made. No store is among it."""
+    """Remove what a process that was killed has left half made in *directory*, which is ours. No store is lost by it."""
+    remove_leftovers_of_commands(directory)
     for name in (INCOMING, OUTGOING, f"{FILE_NAME}.new"):
         for path in directory.glob(f"{name}*"):
+            if not OF_COMMAND.match(path.name):
+                with suppress(OSError):
+                    path.unlink()
+    take_back_half_kept(directory)
+
+
+def remove_leftovers_of_commands(directory: Path) -> None:
+    """Remove what commands have left half made in *directory* whose process is no more, whoever works there."""
+    for path in directory.glob(f"{FILE_NAME}.*"):
+        of_command = OF_COMMAND.match(path.name)
+        if of_command and not Path("/proc", of_command[1]).exists():
             with suppress(OSError):
                 path.unlink()
+
+
+def take_back_half_kept(directory: Path) -> None:
+    """Remove each kept copy of the store that is still in its place: who kept it was killed before it was replaced.
+
+    A WAL that only the copy still has goes back. Nobody has the store open.
+    """
+    for folder in directory.glob("*-*Z"):
+        with suppress(OSError, StoreError, apsw.Error):
+            if (folder / FILE_NAME).samefile(directory / FILE_NAME):
+                _take_back(directory, folder)
+
+
+def _take_back(directory: Path, folder: Path) -> None:
+    wal, kept_wal = directory / WAL_NAME, folder / WAL_NAME
+    if _holds_bytes(kept_wal) and not (wal.exists() and wal.samefile(kept_wal)):
+        try:
+            require_sound(directory)  # then it has been written since, or all of that WAL is in it
+        except Damaged as error:
+            # Without what is in the WAL nobody has opened it for writing: so the one still belongs to the other.
+            if not error.missing or _holds_bytes(wal) or mark.read_mark(directory) != mark.read_mark(folder):
+                return
+            kept_wal.replace(wal)
+            sync_directory(directory)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds_bytes(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0

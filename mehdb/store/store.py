@@ -5,6 +5,7 @@ It outlives the files: they are opened, closed while another store takes their p
 
 import asyncio
 import contextlib
+import errno
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Final, Self, TypeVar
 
 from mehdb.errors import (
     Compacted,
+    Damaged,
     DamagedRow,
     DiskFull,
     Diverged,
@@ -23,7 +25,7 @@ from mehdb.errors import (
 )
 from mehdb.model import GENESIS, ORIGIN, PAGE_BYTES, Chain, Change, Epoch, History, Page, Position, Revision
 from mehdb.store.check import CheckReport, check_directory
-from mehdb.store.lock import DirectoryLock
+from mehdb.store.lock import DirectoryLock, refuse_beside_command
 from mehdb.store.log import Write
 from mehdb.store.reader import Reader
 from mehdb.store.room import Room
@@ -37,7 +39,6 @@ from mehdb.store.snapshot import (
     install,
     make_snapshot,
     remove_leftovers,
-    verify_snapshot,
 )
 from mehdb.store.writer import Writer
 
@@ -84,8 +85,9 @@ class Store:
     async def start(self) -> None:
         """Take the directory's lock and open the store in it.
 
-        Raises `DirectoryInUse`, `UnsafeSqlite`, `UnknownSchema`, `Damaged`, `DiskFull` and `StoreFailed`. The lock is
-        kept until `close`: after `DiskFull` it may be tried again, after `Damaged` `replace` may mend it.
+        Raises `DirectoryInUse`, `CommandAtWork`, `UnsafeSqlite`, `UnknownSchema`, `Damaged`, `DiskFull` and
+        `StoreFailed`. The lock is kept until `close`: after `DiskFull` it may be tried again, after `Damaged` `replace`
+        may mend it.
         """
         if self._lock is None:
             self._lock = self._locked()
@@ -97,7 +99,13 @@ class Store:
             if not self.directory.exists():
                 self.directory.mkdir(parents=True, exist_ok=True)
                 sync_directory(self.directory.parent)
-            return DirectoryLock(self.directory)
+            lock = DirectoryLock(self.directory)
+            try:
+                refuse_beside_command(self.directory)
+            except BaseException:
+                lock.release()
+                raise
+            return lock  # noqa: TRY300  what any of it raises is told alike
         except OSError as error:
             raise StoreFailed(
                 f"{self.directory} cannot be used: {error.strerror}. In a pod, `fsGroup` makes a volume writable"
@@ -154,13 +162,21 @@ class Store:
     async def _replace(self, incoming: Path, meta: Meta, keep: str | None, only_at: Revision | None) -> Path | None:
         await self._close_files()
         try:
-            if only_at not in (None, self._meta.head):
-                raise Diverged(f"a write came in between: the head is {self._meta.head}, no longer {only_at}")
-            return await asyncio.to_thread(install, self.directory, incoming, meta, keep)
-        except OSError as error:
-            raise DiskFull(f"{incoming} cannot be installed: {error.strerror}") from error
-        finally:
-            self._open_files()
+            self._require_head(only_at)
+            kept = await asyncio.to_thread(install, self.directory, incoming, meta, keep)
+        except BaseException as error:
+            with contextlib.suppress(Damaged):  # as before: what was in the way is what has to be told
+                self._open_files()
+            if isinstance(error, OSError):
+                kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreFailed
+                raise kind(f"{incoming} cannot be put in the store's place: {error.strerror}") from error
+            raise
+        self._open_files()
+        return kept
+
+    def _require_head(self, head: Revision | None) -> None:
+        if head not in (None, self._meta.head):
+            raise Diverged(f"a write came in between: the head is {self._meta.head}, no longer {head}")
 
     # What is known without a read. All of it is durable.
 
@@ -339,11 +355,11 @@ class Store:
 
     async def continued_by(self, incoming: Path) -> bool:
         """Return whether the snapshot at *incoming* is certainly a later state of this store; see `continues`."""
-        return await asyncio.to_thread(continues, incoming, self.directory, self.head)
-
-    async def verified(self, incoming: Path) -> Meta:
-        """Return the state of the store at *incoming*, all of it verified. Raises `Damaged` and `UnknownSchema`."""
-        return await asyncio.to_thread(verify_snapshot, incoming)
+        try:
+            return await asyncio.to_thread(continues, incoming, self.directory, self.head)
+        except DamagedRow as error:
+            self._note_damage(error)
+            raise
 
     async def _scan(self, read: Callable[[Reader], T]) -> T:
         """Run *read* in a thread that has a reader of its own."""

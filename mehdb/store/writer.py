@@ -29,6 +29,7 @@ BATCH_WRITES_MAX: Final = 1000  # amortises the sync; a commit of so many still 
 BATCH_BYTES_MAX: Final = 4 << 20  # keeps a batch of large values short as well
 WRITE_OVERHEAD_BYTES: Final = 256  # about what a queued write occupies beside its key and value
 CHECKPOINT_PAGES: Final = 4096  # 16 MiB of WAL: seldom enough to be cheap, short enough for a restart within a second
+SQUEEZE_FACTOR: Final = 2  # of the reserve: the window is let go before a set has to be refused
 SQUEEZE_EVERY_S: Final = 1.0  # what was the head so long ago, connected followers have: they lag by milliseconds
 
 Task = Callable[[Log], None]
@@ -139,6 +140,14 @@ class Writer:
     # In the writer's thread.
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._failed = StoreFailed(f"the writer ended, restart the node: {type(error).__name__}: {error}")
+            self._publish([], [])
+            raise
+
+    def _work(self) -> None:
         following: _Job | None = None
         while (job := following or self._next_job()).work is not None:
             batch, following = self._take_batch(job)
@@ -157,7 +166,10 @@ class Writer:
         while True:
             while self._log.compaction_due and self._queue.empty() and self._failed is None:
                 with_checkpoint = self.checkpoint_due
-                if isinstance(self._guarded(self._log.compact), MehdbError):
+                error = self._guarded(self._log.compact)
+                if isinstance(error, MehdbError):
+                    self._log.compacts = self._log.compacts and not isinstance(error, DamagedRow)
+                    log.warning('compaction stopped code=%s reason="%s"', error.code, error)
                     break
                 self._publish([], [])
                 if with_checkpoint:
@@ -220,7 +232,7 @@ class Writer:
         """Return what *work* returns, or its error. On a full volume it is tried again after each of *measures*."""
         outcome = self._guarded(work)
         for make_room in measures:
-            if isinstance(outcome, DiskFull) and make_room():
+            if isinstance(outcome, DiskFull) and self._guarded(make_room) is True:
                 outcome = self._guarded(work)
         return outcome
 
@@ -236,10 +248,7 @@ class Writer:
     def _look_for_room(self) -> None:
         """Find out whether the volume is short of room; if so, let go of what the window retains."""
         try:
-            # What is in the WAL takes room a second time when it is moved into the file: without it, neither shrinks.
-            short = self._room.lacks(-self._wal_pages * PAGE_SIZE) and self._room.lacks(
-                self._log.reusable_bytes() - self._log.owed_bytes()
-            )
+            short, soon = self._is_short(), self._is_short(SQUEEZE_FACTOR)
             if short != self.short_of_room:
                 self.short_of_room = short
                 log.warning(
@@ -250,9 +259,16 @@ class Writer:
         except (OSError, apsw.Error):
             return  # what cannot be asked is no reason to fail: the write itself will say
         now_s = monotonic()
-        if self.short_of_room and now_s - self._squeeze_at_s >= SQUEEZE_EVERY_S:
+        if soon and now_s - self._squeeze_at_s >= SQUEEZE_EVERY_S:
             self._log.squeeze(self._squeeze_head)
             self._squeeze_at_s, self._squeeze_head = now_s, self._log.meta.head
+
+    def _is_short(self, factor: int = 1) -> bool:
+        """Return whether less than *factor* times the reserve is left."""
+        # What is in the WAL takes room a second time when it is moved into the file: without it, neither shrinks.
+        return self._room.lacks(-self._wal_pages * PAGE_SIZE, factor) and self._room.lacks(
+            self._log.reusable_bytes() - self._log.owed_bytes(), factor
+        )
 
     def _publish(self, batch: list[_Job], outcomes: Sequence[Outcome | None]) -> None:
         """Show what is durable, then acknowledge it."""

@@ -102,7 +102,7 @@ def make_base(kind: str, directory: Path) -> None:
         mark.move(log.meta.position)
         if start == 400 and kind in ("backfilled", "restarted"):
             connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-    while log.backlog:
+    while log.compaction_due:
         log.compact()
     if kind in ("killed", "backfilled", "restarted"):
         os.kill(os.getpid(), signal.SIGKILL)
