@@ -45,7 +45,10 @@ DIVERGED_ADVICE: Final = (
 DIVERGED_MOST_S: Final = 10.0  # in the long run an operator has to act: asking often helps nobody
 HEAL_AGAIN_S: Final = 600.0  # a disk that damages what was mended just now is not mended by more of it
 HEAL_RETRY_S: Final = 30.0
-SNAPSHOT_RETRY_S: Final = 10.0  # the leader copies its whole store for each: not again at once for what was of no use
+SNAPSHOT_RETRY_S: Final = (
+    0.5  # after one that was of no use; twice as long each time: the leader copies its whole store
+)
+SNAPSHOT_MOST_S: Final = 60.0
 LEAVING: Final = (State.DRAINING, State.STOPPED)
 
 
@@ -67,6 +70,7 @@ class Follower:
         self._heals = 0
         self._refused: MehdbError | None = None  # why the last snapshot was of no use
         self._snapshot_at_s = 0.0  # no other before
+        self._snapshot_delay_s = SNAPSHOT_RETRY_S
         self._pages_only = False  # the leader could not give a snapshot: pages will have to do
         self._target: Revision | None = None  # the head to reach before serving: the leader's when first asked
         self._head: Revision | None = None  # the leader's, when last heard
@@ -171,11 +175,13 @@ class Follower:
         try:
             await self._replace_by(await fetch(self._leader, self._store.incoming))
         except (DiskFull, Diverged, StaleEpoch, PeerAnswerInvalid) as error:
-            self._refused, self._snapshot_at_s = error, monotonic() + SNAPSHOT_RETRY_S
+            self._refused, self._snapshot_at_s = error, monotonic() + self._snapshot_delay_s
+            self._snapshot_delay_s = min(2 * self._snapshot_delay_s, SNAPSHOT_MOST_S)
             raise
         finally:
             await asyncio.to_thread(self._store.incoming.unlink, missing_ok=True)
         self._damaged, self._refused, self._pages_only = None, None, False
+        self._snapshot_delay_s = SNAPSHOT_RETRY_S
 
     async def _replace_by(self, meta: Meta) -> None:
         """Put what has arrived, whose state is *meta*, in the store's place, if that was an older state of it."""

@@ -236,7 +236,7 @@ def begin_new_history(path: Path, history: str) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what a process that was killed has left half made in *directory*, which is ours. No store is lost by it."""
+    """Remove what a process that was killed has left half made in *directory*, which is ours. No store is lost."""
     remove_leftovers_of_commands(directory)
     for name in (INCOMING, OUTGOING, f"{FILE_NAME}.new"):
         for path in directory.glob(f"{name}*"):

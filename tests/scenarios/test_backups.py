@@ -11,7 +11,9 @@ import httpx
 import pytest
 
 from cluster import Cluster, eventually, running
-from commands import at_terminal, entries, mehdb, write
+from commands import at_terminal, entries, mehdb, refused, write
+from mehdb.store.schema import use_page_checksums
+from volumes import MIB, fill, free_bytes, tmpfs
 
 KEYS = 20
 HISTORY = "[0-9a-f]{32}"
@@ -152,6 +154,49 @@ def test_a_backup_that_cannot_be_written_leaves_nothing(pair: Cluster, tmp_path:
     assert "mehdb: - cannot be written: No space left on device" in done.shown
     assert not list(tmp_path.iterdir())
     assert not list(tmp_path.parent.glob("*.part"))
+
+
+def test_a_backup_to_standard_output_leaves_the_node_its_room(cluster: Cluster, tmp_path: Path) -> None:
+    node = cluster.add()
+    with tmpfs(node.volume, 64 * MIB):
+        node.start()
+        write(node, 8, bytes(MIB))
+        node.stop()  # so that all of it is in one file
+        node.start()
+        fill(node.volume, 12 * MIB)
+        room = free_bytes(node.volume)
+        refused(mehdb("backup", "-", data_dir=node.volume), "for which this node's volume has no room: enlarge it")
+        assert free_bytes(node.volume) == room
+        assert mehdb("backup", tmp_path / "backup.db", data_dir=node.volume).code == 0
+        node.stop()
+
+
+@pytest.mark.parametrize("target", ["-", "backup.db"])
+def test_no_backup_is_made_that_a_restore_would_refuse(backup: Path, tmp_path: Path, target: str) -> None:
+    volume = tmp_path / "mehdb-0"
+    volume.mkdir()
+    (volume / "store.db").write_bytes(backup.read_bytes())
+    use_page_checksums()
+    database = apsw.Connection(str(volume / "store.db"))
+    database.execute("UPDATE change SET value = CAST('another' AS BLOB) WHERE revision = 3")
+    database.close()
+    before = entries(volume)
+    file = target if target == "-" else tmp_path / target
+    done = mehdb("backup", file, data_dir=volume)
+    refused(done, f"mehdb: the store in {volume} cannot be backed up (the copy is damaged: revision 3: the CRC")
+    assert done.said.endswith("): back up another node\n")
+    assert entries(volume) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["mehdb-0"]
+
+
+def test_what_a_killed_backup_has_left_is_removed_by_the_next(pair: Cluster) -> None:
+    volume = pair.leader.volume
+    ended, lives = volume / "store.db.outgoing-99999999", volume / f"store.db.outgoing-{os.getpid()}"
+    for left in (ended, lives):
+        left.write_bytes(b"half")
+    assert mehdb("backup", "-", data_dir=volume).code == 0
+    assert (ended.exists(), lives.exists()) == (False, True)
+    lives.unlink()
 
 
 # A bad one is not restored.

@@ -1,8 +1,10 @@
 """An operator's commands that change a node: what each does, what it refuses, and that it asks before it destroys."""
 
+import asyncio
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from cluster import Cluster, Node, eventually, running
 from commands import asked_and_answered, at_terminal, entries, kept, mehdb, refused, values, write
+from mehdb.control import Control
 from mehdb.store import check_directory
 
 KEYS = 20
@@ -158,6 +161,36 @@ def test_a_follower_drops_nothing_while_its_leader_cannot_be_asked(cluster: Clus
     assert (done.code, done.shown.splitlines()[-1]) == (0, "no node runs here: start it")
     follower.start()
     assert cluster.converge()["revision"] == 3
+
+
+def test_a_follower_is_one_while_it_has_no_leader_too(pair: Cluster) -> None:
+    leader, follower = pair.nodes
+    before = [(node.position(), entries(node.volume)) for node in pair.nodes]
+
+    async def ask() -> None:
+        async with Control(follower.volume) as control, control.suspended():
+            assert (await control.status()).leader is None
+            adopt = await asyncio.to_thread(mehdb, "adopt", "--from", leader.url, "--yes", data_dir=follower.volume)
+            refused(adopt, "mehdb-1 follows: `mehdb rejoin`")
+            rejoin = await asyncio.to_thread(mehdb, "rejoin", "--yes", data_dir=follower.volume)
+            refused(rejoin, "mehdb-1 has no leader just now: name it with --from URL")
+
+    asyncio.run(ask())
+    eventually(follower.ready, "the follower to go on")
+    assert [(node.position(), entries(node.volume)) for node in pair.nodes] == before
+
+
+# What is said when it is done.
+
+
+def test_a_command_that_is_done_succeeds_though_its_node_is_not_ready(cluster: Cluster, backup: Path) -> None:
+    node = cluster.start(1).leader
+    assert mehdb("drain", "--wait", data_dir=node.volume).code == 0
+    began_s = time.monotonic()
+    done = mehdb("restore", backup, "--replace", "--yes", data_dir=node.volume)
+    assert (done.code, done.said) == (0, "")
+    assert "mehdb-0 is draining" in done.shown.splitlines()[-1]
+    assert time.monotonic() - began_s < 15, "it does not wait for what will not come"
 
 
 # Accept a loss.

@@ -1,16 +1,21 @@
 """An operator's commands that are killed, that come two at once, and a volume whose path is long."""
 
 import asyncio
+import os
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cluster import Cluster, Node, check_volume, eventually
-from commands import kept, mehdb, started
-from mehdb.store import check_directory
+from cluster import Cluster, Node, check_volume, clean_environment, eventually
+from commands import arguments_of, entries, kept, mehdb, refused, started
+from mehdb import operations
+from mehdb.errors import Refused
+from mehdb.store import CommandLock, Store, StoreOptions, Write, check_directory
 
 KEYS = 8
 VALUE = bytes(1 << 20)  # large enough that each step of a command can be met
@@ -124,7 +129,7 @@ def test_of_two_commands_at_once_each_is_done_whole_or_refused(cluster: Cluster,
     codes = [command.returncode for command in commands]
     assert 0 in codes
     for code, line in zip(codes, said, strict=True):
-        assert code == 0 or (not runs and "is in use by process" in line), line
+        assert code == 0 or "mehdb: another command, process " in line, line
     if not runs:
         node.start()
     assert node.status().revision in (1, 2)
@@ -158,3 +163,100 @@ def test_a_node_that_is_stopped_while_a_command_has_its_store_loses_nothing(clus
     asyncio.run(check_volume(node.volume))
     node.start()
     assert node.status().keys == KEYS
+
+
+def test_a_node_whose_process_ends_under_a_command_waits_for_its_end(cluster: Cluster) -> None:
+    """The suspension ends with the process, and the next one would have the files under the command's hands."""
+    node = cluster.start(1).leader
+    for number in range(4):
+        node.put(f"k/{number}", b"v")
+    node.stop()
+    node.start()
+    node.put("lost", b"v")
+    node.kill()
+    os.truncate(node.volume / "store.db-wal", 0)
+    node.start(ready=False)
+    eventually(lambda: node.status().state == "failed", "the leader to refuse")
+    codes: list[int] = []
+
+    def during(_step: str, _done: int, _total: int) -> None:
+        """Play Kubernetes, while the command checks what is there."""
+        if codes:
+            return
+        node.kill()
+        with node.volume.with_suffix(".log").open("ab") as log:
+            command = arguments_of(("serve",), node.volume)
+            again = subprocess.run(
+                command, env=clean_environment() | node.environment, stdout=log, stderr=log, timeout=20, check=False
+            )
+        codes.append(again.returncode)
+
+    assert asyncio.run(operations.accept_loss(node.volume, start_empty=False, on_step=during)) is None
+    assert codes == [1]
+    assert f"mehdb: a command, process {os.getpid()}, is at work on {node.volume}" in node.log
+    node.start()
+    assert node.status().revision == 4
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["on a node that runs", "on a volume alone"])
+def test_a_command_refuses_to_work_beside_another(cluster: Cluster, tmp_path: Path, runs: bool) -> None:
+    node = cluster.start(1).leader
+    node.put("k", b"v")
+    backup = backup_of(node, tmp_path / "backup.db")
+    if not runs:
+        node.stop()
+    other = CommandLock(node.volume)
+    before = entries(node.volume)
+    done = mehdb("restore", backup, "--replace", "--yes", data_dir=node.volume)
+    refused(done, f"another command, process {os.getpid()}, is at work on {node.volume}: wait for it")
+    assert entries(node.volume) == before
+    other.release()
+    assert mehdb("restore", backup, "--replace", "--yes", data_dir=node.volume).code == 0
+
+
+def test_what_is_written_while_a_backup_is_read_is_not_replaced(cluster: Cluster, tmp_path: Path) -> None:
+    node = cluster.start(1).leader
+    node.put("k", b"old")
+    backup = backup_of(node, tmp_path / "backup.db").read_bytes()
+    empty = cluster.add().start()
+    node.stop()
+    empty.stop()
+    empty.volume = tmp_path / "empty"
+    empty.environment |= {"MEHDB_HOST": "mehdb-0", "MEHDB_DATADIR": str(empty.volume), "MEHDB_PEERS": empty.url}
+    empty.start()
+    with subprocess.Popen(
+        arguments_of(("restore", "-"), empty.volume), env=clean_environment(), stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=False,
+    ) as command:  # fmt: skip
+        assert command.stdin
+        command.stdin.write(backup[:4096])
+        command.stdin.flush()
+        eventually(lambda: list(empty.volume.glob("store.db.incoming-*")), "the command to read")
+        assert empty.put("k", b"acknowledged").is_success
+        _, said = command.communicate(backup[4096:], timeout=30)
+    assert (command.returncode, "holds a store: say --replace" in said.decode()) == (1, True), said
+    eventually(empty.ready, "the node to go on")
+    assert empty.get("/get/k").content == b"acknowledged"
+    assert not kept(empty.volume, "replaced")
+
+
+def test_a_store_under_writes_never_looks_as_if_changes_were_missing(tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    async def write_on() -> None:
+        store = await Store.open(tmp_path / "store", StoreOptions())
+        await store.lead(store.meta.epoch)
+        while not ended.is_set():
+            await store.write(Write(b"k", b"v"))
+        await store.close()
+
+    writing = threading.Thread(target=asyncio.run, args=[write_on()])
+    writing.start()
+    try:
+        eventually(lambda: (tmp_path / "store" / "acknowledged").exists(), "the first write")
+        for _ in range(1000):
+            with pytest.raises(Refused, match="nothing is missing"):
+                operations.loss(tmp_path / "store")
+    finally:
+        ended.set()
+        writing.join()

@@ -73,7 +73,7 @@ def examined(base: Path, sort: str, last: int, mark: str = "with mark") -> Findi
 
 
 @pytest.mark.parametrize(
-    "times", [1, pytest.param(10, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])], ids=["once", "soak"]
+    "times", [1, pytest.param(2, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])], ids=["once", "soak"]
 )
 def test_a_damage_anywhere_is_never_served(bases: Path, times: int) -> None:
     with ThreadPoolExecutor(2) as pool:

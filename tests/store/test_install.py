@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import shutil
 from pathlib import Path
 from typing import Final
@@ -84,6 +85,9 @@ async def test_a_kept_copy_is_a_whole_store(old: Path, incoming: tuple[Path, Met
     async with opened(kept) as store:
         await put(store, b"k", b"v")
     assert require_sound(old) == meta
+    async with opened(old) as store:
+        assert store.meta == meta
+    assert kept.exists()
 
 
 KILLED = """
@@ -123,6 +127,78 @@ async def test_a_damaged_store_is_kept_as_it_is(old: Path, incoming: tuple[Path,
     assert kept is not None
     assert (kept / DATABASE).read_bytes() == damaged
     assert require_sound(old) == meta
+
+
+async def test_a_mark_is_durable_before_the_wal_goes_that_it_tells_of(
+    old: Path, incoming: tuple[Path, Meta], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After power loss the old database alone would look sound, at an earlier revision."""
+    with child(KILLED, old) as process:
+        process.wait(30)
+    synced: list[Path] = []
+    sync = os.fsync
+
+    def noted(fd: int) -> None:
+        if (old / WAL).exists():
+            synced.append(Path(f"/proc/self/fd/{fd}").readlink())
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    path, meta = incoming
+    install(old, path, meta, None)
+    assert old / "acknowledged" in synced
+
+
+async def test_a_copy_of_what_was_not_replaced_then_goes_at_the_next_start(old: Path) -> None:
+    """Its file is the store's own, which goes on being written: it would be no state of anything."""
+    async with opened(old) as store:
+        kept = keep_copy(old, "replaced")
+        assert kept is not None
+        async with store.suspended():
+            pass
+        await put(store, b"k", b"v")
+    async with opened(old) as store:
+        assert store.head == OLD_CHANGES + 1
+        assert not kept.exists()
+
+
+async def test_a_wal_that_only_the_copy_has_goes_back(old: Path) -> None:
+    with child(KILLED, old) as process:
+        process.wait(30)
+    kept = keep_copy(old, "replaced")
+    assert kept is not None
+    (old / WAL).unlink()
+    async with opened(old) as store:
+        assert store.head == OLD_CHANGES + 10
+        assert (await store.check()).problems == ()
+        assert not kept.exists()
+
+
+async def test_a_wal_of_an_earlier_state_never_goes_back(old: Path) -> None:
+    with child(KILLED, old) as process:
+        process.wait(30)
+    kept = keep_copy(old, "replaced")
+    assert kept is not None
+    shutil.copy(kept / WAL, kept / "copy")
+    (kept / "copy").replace(kept / WAL)  # its own, as if the other had been removed and made anew
+    os.rename(kept, old.with_name("away"))  # noqa: PTH104  not while the store is opened in between
+    async with leading(old) as store:
+        await put(store, b"k", b"v")
+    os.rename(old.with_name("away"), kept)  # noqa: PTH104
+    async with opened(old) as store:
+        assert store.head == OLD_CHANGES + 11
+        assert (await store.check()).problems == ()
+
+
+async def test_what_a_living_command_is_at_is_left_to_it(old: Path) -> None:
+    with child("import sys; sys.stdin.read()") as command:
+        names = [f"store.db.{kind}-{command.pid}" for kind in ("incoming", "outgoing")]
+        for name in names:
+            (old / name).write_bytes(b"half")
+        async with opened(old):
+            assert all((old / name).exists() for name in names)
+    async with opened(old):
+        assert not any((old / name).exists() for name in names)
 
 
 def test_there_is_nothing_to_keep_of_no_store(volume: Path) -> None:

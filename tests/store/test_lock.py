@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mehdb.errors import Damaged, DirectoryInUse, StoreFailed
+from mehdb.errors import CommandAtWork, Damaged, DirectoryInUse, StoreFailed
 from mehdb.store import Store
-from mehdb.store.lock import DirectoryLock
+from mehdb.store.lock import CommandLock, DirectoryLock
 from stores import child, leading, opened, put
 
 HOLDER = """
@@ -71,6 +71,36 @@ def test_the_lock_names_only_its_present_holder(tmp_path: Path) -> None:
     with pytest.raises(DirectoryInUse, match=f"process {os.getpid()}:"):
         DirectoryLock(tmp_path)
     lock.release()
+
+
+async def test_no_store_is_opened_where_a_command_is_at_work(directory: Path) -> None:
+    async with leading(directory) as store:
+        await put(store, b"a", b"1")
+    command = CommandLock(directory)
+    with pytest.raises(CommandAtWork, match=f"a command, process {os.getpid()}, is at work"):
+        await Store.open(directory)
+    DirectoryLock(directory).release()  # it was let go
+    command.release()
+    async with opened(directory) as store:
+        assert store.head == 1
+
+
+async def test_a_store_that_a_command_has_suspended_is_opened_again_by_its_holder(directory: Path) -> None:
+    async with leading(directory) as store:
+        command = CommandLock(directory)
+        async with store.suspended():
+            pass
+        await store.start()
+        assert await put(store, b"a", b"1") == 1
+        command.release()
+
+
+def test_two_commands_are_not_at_work_at_once(tmp_path: Path) -> None:
+    command = CommandLock(tmp_path)
+    with pytest.raises(CommandAtWork, match=f"process {os.getpid()},"):
+        CommandLock(tmp_path)
+    command.release()
+    CommandLock(tmp_path).release()
 
 
 async def test_a_directory_that_cannot_be_made_is_told_plainly(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ async def recorded(directory: Path, seed: int, lives: int, count: int) -> list[E
     ("lives", "count", "seeds"),
     [
         pytest.param(4, 8, 1, id="short"),
-        pytest.param(6, 20, 4, marks=[pytest.mark.soak, pytest.mark.timeout(1800)], id="soak"),
+        pytest.param(6, 20, 1, marks=[pytest.mark.soak, pytest.mark.timeout(1800)], id="soak"),
     ],
 )
 async def test_every_acknowledged_write_survives_a_power_loss(
@@ -194,7 +194,7 @@ async def test_a_power_loss_among_the_writers_own_checkpoints_loses_nothing(dire
 
 
 @pytest.mark.parametrize(
-    "times", [3, pytest.param(40, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])], ids=["short", "soak"]
+    "times", [3, pytest.param(10, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])], ids=["short", "soak"]
 )
 async def test_a_second_power_loss_in_the_recovery_from_the_first_loses_nothing(directory: Path, times: int) -> None:
     """What the first life wrote and did not sync may be there: once it is shown, it must stay."""
