@@ -30,6 +30,7 @@ from mehdb.model import DrainReport, NodePosition, NodeStatus, Role, State
 from mehdb.peers import Peer
 from mehdb.store import (
     INCOMING,
+    LOCK_NAME,
     OUTGOING,
     CheckReport,
     CommandLock,
@@ -79,15 +80,20 @@ def check(directory: Path, on_step: OnStep) -> Found:
 
 
 def check_file(path: Path, on_step: OnStep) -> Meta:
-    """Verify the backup at *path*. Raises `StoreError`."""
+    """Verify the backup at *path*. Raises `StoreError` and `Refused`."""
+    _require_whole_file(path)
     return verify_snapshot(path, lambda done, total: on_step("check", done, total))
 
 
 def backup(directory: Path, path: Path, on_step: OnStep) -> Meta:
     """Copy the store in *directory*, live or not, to *path* ("-": standard output): whole, verified and durable.
 
-    Or not at all. Raises `StoreError`.
+    Or not at all. Raises `StoreError`, and `Refused` where *path* lies in a node's data directory.
     """
+    if path.is_dir() or (path.parent / LOCK_NAME).exists():
+        raise Refused(f"{path} is a data directory, or in one: name a file elsewhere")
+    if not directory.is_dir():
+        raise StoreFailed(f"{directory} is no directory: name another with --data-dir")
     to_output = path == STANDARD
     partial = directory / f"{OUTGOING}-{os.getpid()}" if to_output else path.with_name(f"{path.name}.part")
     try:
@@ -113,6 +119,15 @@ def backup(directory: Path, path: Path, on_step: OnStep) -> Meta:
     return snapshot.meta
 
 
+def _require_whole_file(path: Path) -> None:
+    """Raise `Refused` if the store at *path* has more beside it: then the file alone is an older state of it."""
+    wal = path.with_name(f"{path.name}-wal")
+    if wal.exists() and wal.stat().st_size:
+        raise Refused(
+            f"{path} is not all of its store, {wal.name} is beside it: `mehdb backup FILE --data-dir {path.parent}`"
+        )
+
+
 def _room_for(copy: Path, directory: Path) -> Room | None:
     """Return what a *copy* of the store must leave room in: the data directory, where that is in there."""
     inside = copy.resolve().is_relative_to(directory.resolve())
@@ -127,6 +142,8 @@ async def restore(directory: Path, path: Path, *, replace: bool, on_step: OnStep
     status = await status_of(directory)
     if status and status.role is Role.FOLLOWER:
         raise Refused(f"{status.node} follows: restore on the leader, then `mehdb rejoin` on each follower")
+    if path != STANDARD:
+        _require_whole_file(path)
     if not replace:
         _require_no_data(directory)
     with _incoming(directory) as incoming:

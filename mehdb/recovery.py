@@ -218,7 +218,11 @@ class Leader:
                 decision = decide(self._own(), peers, waited=monotonic() - started_at_s > SILENT_TIMEOUT_S)
                 if await self._carry_out(decision):
                     return
-            except (PeerError, Compacted, DiskFull, DamagedRow, NotNow) as error:
+            except DiskFull:
+                self.problem = (
+                    "the volume is full, no epoch can be begun: make room on it or enlarge it; it goes on by itself"
+                )
+            except (PeerError, Compacted, DamagedRow, NotNow) as error:
                 self.problem = f"{error.code}: {error}"
             if self.problem and self.problem != said:
                 log.warning('not leading yet state=%s reason="%s"', self.state, self.problem)

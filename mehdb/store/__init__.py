@@ -18,6 +18,7 @@ durable, shown after it is durable, and shown as it was written or not at all.
 """
 
 from mehdb.store.check import CheckReport, OnProgress, check_directory
+from mehdb.store.lock import FILE_NAME as LOCK_NAME
 from mehdb.store.lock import CommandLock, DirectoryLock, lock_holder
 from mehdb.store.log import Write
 from mehdb.store.mark import read_mark, write_mark
@@ -40,8 +41,34 @@ from mehdb.store.snapshot import (
 from mehdb.store.store import Store
 
 __all__ = [
-    "INCOMING", "OUTGOING", "CheckReport", "CommandLock", "DirectoryLock", "Meta", "OnProgress", "Room", "Snapshot",
-    "Store", "StoreOptions", "Write", "abandon", "begin_new_history", "check_directory", "install", "keep_copy",
-    "lock_holder", "make_snapshot", "missing_behind", "new_history", "read_mark", "remove_leftovers_of_commands",
-    "require_sound", "sync_directory", "sync_file", "take_back_half_kept", "verify_snapshot", "write_mark",
+    "INCOMING",
+    "LOCK_NAME",
+    "OUTGOING",
+    "CheckReport",
+    "CommandLock",
+    "DirectoryLock",
+    "Meta",
+    "OnProgress",
+    "Room",
+    "Snapshot",
+    "Store",
+    "StoreOptions",
+    "Write",
+    "abandon",
+    "begin_new_history",
+    "check_directory",
+    "install",
+    "keep_copy",
+    "lock_holder",
+    "make_snapshot",
+    "missing_behind",
+    "new_history",
+    "read_mark",
+    "remove_leftovers_of_commands",
+    "require_sound",
+    "sync_directory",
+    "sync_file",
+    "take_back_half_kept",
+    "verify_snapshot",
+    "write_mark",
 ]  # fmt: skip

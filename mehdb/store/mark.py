@@ -5,6 +5,7 @@ and after a crash a store that is behind it has lost changes that were acknowled
 silently, as SQLite takes what follows the damage for the rest of an older WAL.
 """
 
+import logging
 import os
 import struct
 import zlib
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Final, Self
 
 from mehdb.model import Chain, History, Position, Revision
+
+log = logging.getLogger("mehdb.store")
 
 FILE_NAME: Final = "acknowledged"
 # History, revision, chain. Behind them a CRC-32: what is damaged itself proves nothing.
@@ -54,6 +57,10 @@ def read_mark(directory: Path) -> Position | None:
         return None
     record, crc = data[: _MARK.size], data[_MARK.size :]
     if len(data) != _MARK.size + _CRC.size or crc != _CRC.pack(zlib.crc32(record)):
+        if data:
+            log.warning(
+                "acknowledged mark damaged file=%s: whether changes are missing cannot be told", directory / FILE_NAME
+            )
         return None
     history, revision, chain = _MARK.unpack(record)
     return Position(History(history.hex()), Revision(revision), Chain(chain))

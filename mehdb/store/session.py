@@ -16,13 +16,13 @@ from typing import Final, Self, TypeVar
 
 import apsw
 
-from mehdb.errors import Damaged, DiskFull, StoreFailed
+from mehdb.errors import Damaged, DamagedRow, DiskFull, StoreFailed
 from mehdb.model import VALUE_BYTES_LIMIT, Change
 from mehdb.store.log import Log
 from mehdb.store.mark import AcknowledgedMark
 from mehdb.store.reader import LargeValue, Reader
 from mehdb.store.room import Room
-from mehdb.store.schema import FILE_NAME, Meta, is_damage, open_reader, open_writer, verify_opened
+from mehdb.store.schema import FILE_NAME, WAL_NAME, Meta, is_damage, open_reader, open_writer, verify_opened
 from mehdb.store.writer import Writer
 
 T = TypeVar("T")
@@ -47,7 +47,8 @@ class Session:
         self.writer = writer
         self._meta = meta
         self._path = directory / FILE_NAME
-        self._file = _identity(self._path)
+        self._wal = directory / WAL_NAME
+        self._file, self._wal_file = _identity(self._path), _identity(self._wal)
         self._directory = directory
         self._point_reader = point_reader
         self._pinned: Meta | None = None  # the state that point reads share a snapshot of
@@ -121,8 +122,9 @@ class Session:
         return self.writer.meta if self.writer else self._meta
 
     def vanished(self) -> bool:
-        """Return whether the file has been deleted or replaced behind this process's back."""
-        return _identity(self._path) != self._file
+        """Return whether a file has been deleted, replaced or emptied behind this process's back."""
+        lost_wal = self._wal_file is not None and _identity(self._wal) != self._wal_file
+        return lost_wal or _identity(self._path) != self._file
 
     async def get(self, key: bytes) -> Change | None:
         """Return the change that *key* is live with, None if it is not live. Raises `DamagedRow`.
@@ -146,7 +148,10 @@ class Session:
         # Not in the pool's initializer: one that fails, for want of a file descriptor, ends the pool for good.
         reader: Reader | None = getattr(self._scanner, "reader", None)
         if reader is None:
-            reader = self._scanner.reader = Reader(self._directory)
+            try:
+                reader = self._scanner.reader = Reader(self._directory)
+            except apsw.Error as error:
+                raise DamagedRow(f"the store cannot be opened again: {error}: read another node") from error
             self._scanners.append(reader)
         return reader
 
@@ -195,4 +200,5 @@ def _identity(path: Path) -> tuple[int, int] | None:
         found = os.stat(path)  # noqa: PTH116  a Path is not quicker
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    emptied = path.name == FILE_NAME and not found.st_size  # a WAL may be empty
+    return None if emptied else (found.st_dev, found.st_ino)
