@@ -7,9 +7,8 @@ It decides what is taken and what is refused in each of these states. How they f
 """
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from time import monotonic
 from typing import Final
 
@@ -45,7 +44,7 @@ class Node:
         self.stopped = False
         self._store = store
         self._port, self._in_kubernetes = settings.port, settings.in_kubernetes
-        self._writes = 0
+        self.writes = 0
         self._started_at_s = monotonic()
 
     @property
@@ -62,27 +61,17 @@ class Node:
         """Whether this node follows one that is about to stop: a redirect there would lead nowhere."""
         return isinstance(self.part, Follower) and self.part.leader_leaves
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[Callable[[], None]]:
+    def writing(self) -> "_Writing":
         """Count a write while it is under way. Raises `NotNow` if none is taken now: nothing was written.
 
         What it gives is to be called once the body has come: it raises `NotNow` if this node no longer leads as it did.
         """
-        if self.state is not State.SERVING:
-            raise self._refusal()
-        part = self.part
+        if self.state is not State.SERVING or self.part is None:
+            raise self.refusal()
+        return _Writing(self, self.part)
 
-        def recheck() -> None:  # a drain finishes what was taken; another store, or a doubt, does not
-            if self.part is not part or part is None or part.state is not State.SERVING:
-                raise self._refusal()
-
-        self._writes += 1
-        try:
-            yield recheck
-        finally:
-            self._writes -= 1
-
-    def _refusal(self) -> NotNow:
+    def refusal(self) -> NotNow:
+        """Return why no write is taken now."""
         if self.draining:
             return Draining("this node is about to stop, nothing was written: try again in a moment")
         if self._store.read_only:
@@ -171,5 +160,25 @@ class Node:
         return report
 
     def _drain_report(self) -> DrainReport:
-        queue_bytes, writes, missing = self._store.queue_bytes, self._writes, self.followers.missing(self._store.head)
+        queue_bytes, writes, missing = self._store.queue_bytes, self.writes, self.followers.missing(self._store.head)
         return DrainReport(not (queue_bytes or writes or missing), queue_bytes, writes, missing)
+
+
+class _Writing:
+    """A write under way on *node*, begun while *part* served. Not a generator: each PUT passes here."""
+
+    def __init__(self, node: Node, part: Leader | Follower) -> None:
+        self._node = node
+        self._part = part
+
+    def __enter__(self) -> Callable[[], None]:
+        self._node.writes += 1
+        return self._recheck
+
+    def __exit__(self, *_: object) -> None:
+        self._node.writes -= 1
+
+    def _recheck(self) -> None:
+        # A drain finishes what was taken. Another store, or a doubt, does not.
+        if self._node.part is not self._part or self._part.state is not State.SERVING:
+            raise self._node.refusal()

@@ -36,12 +36,16 @@ class Room:
 
     def lacks(self, reusable_bytes: int = 0, factor: int = 1) -> bool:
         """Return whether less than *factor* reserves are left. *reusable_bytes* are free in the file, or owed to it."""
-        return self.free_bytes() + reusable_bytes < factor * self.reserve_bytes()
+        volume = os.statvfs(self._directory)  # once: this is asked before each batch of writes
+        reserve_bytes = min(self._reserve_bytes, volume.f_blocks * volume.f_frsize // RESERVE_SHARE)
+        return volume.f_bavail * volume.f_frsize + reusable_bytes < factor * reserve_bytes
 
     def take_ballast(self) -> None:
         """Set the ballast down, if there is plenty of room."""
+        if self._has_ballast:
+            return
         size_bytes = min(BALLAST_BYTES_MAX, self.reserve_bytes() // 4)
-        if self._has_ballast or size_bytes == 0 or self.free_bytes() < self.reserve_bytes() + 2 * size_bytes:
+        if size_bytes == 0 or self.free_bytes() < self.reserve_bytes() + 2 * size_bytes:
             return
         fd = os.open(self._ballast, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

@@ -248,7 +248,8 @@ class Writer:
     def _look_for_room(self) -> None:
         """Find out whether the volume is short of room; if so, let go of what the window retains."""
         try:
-            short, soon = self._is_short(), self._is_short(SQUEEZE_FACTOR)
+            soon = self._is_short(SQUEEZE_FACTOR)
+            short = soon and self._is_short()
             if short != self.short_of_room:
                 self.short_of_room = short
                 log.warning(
