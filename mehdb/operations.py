@@ -88,10 +88,12 @@ def check_file(path: Path, on_step: OnStep) -> Meta:
 def backup(directory: Path, path: Path, on_step: OnStep) -> Meta:
     """Copy the store in *directory*, live or not, to *path* ("-": standard output): whole, verified and durable.
 
-    Or not at all. Raises `StoreError`, and `Refused` where *path* lies in a node's data directory.
+    Or not at all. Raises `StoreError`, and `Refused` where *path* is a directory or lies in a node's.
     """
-    if path.is_dir() or (path.parent / LOCK_NAME).exists():
-        raise Refused(f"{path} is a data directory, or in one: name a file elsewhere")
+    if path.is_dir():
+        raise Refused(f"{path} is a directory: name a file")
+    if (path.parent / LOCK_NAME).exists():
+        raise Refused(f"{path} is in a data directory: name a file elsewhere")
     if not directory.is_dir():
         raise StoreFailed(f"{directory} is no directory: name another with --data-dir")
     to_output = path == STANDARD

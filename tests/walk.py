@@ -141,7 +141,9 @@ class Shell:
 
     def _run(self, step: Step) -> str:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{{ {self.moved(step.command)}\n}} < /dev/null; echo; echo '{MARK}'\n")
+        # Disowned, or the shell would report a node's end when it comes to hear of it: beside any answer.
+        aside = "disown" if step.command.endswith("&") else "true"
+        self._process.stdin.write(f"{{ {self.moved(step.command)}\n{aside}\n}} < /dev/null; echo; echo '{MARK}'\n")
         self._process.stdin.flush()
         said = ""
         try:

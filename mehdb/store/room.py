@@ -36,9 +36,7 @@ class Room:
 
     def lacks(self, reusable_bytes: int = 0, factor: int = 1) -> bool:
         """Return whether less than *factor* reserves are left. *reusable_bytes* are free in the file, or owed to it."""
-        volume = os.statvfs(self._directory)  # once: this is asked before each batch of writes
-        reserve_bytes = min(self._reserve_bytes, volume.f_blocks * volume.f_frsize // RESERVE_SHARE)
-        return volume.f_bavail * volume.f_frsize + reusable_bytes < factor * reserve_bytes
+        return self.free_bytes() + reusable_bytes < factor * self.reserve_bytes()
 
     def take_ballast(self) -> None:
         """Set the ballast down, if there is plenty of room."""

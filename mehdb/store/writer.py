@@ -74,6 +74,7 @@ class Writer:
         self._failed: StoreFailed | None = None
         self._closing = False
         self._wal_pages = 0
+        self._compaction_error: str | None = None  # why it stopped last, None since it has gone on
         self._squeeze_at_s, self._squeeze_head = 0.0, changes.meta.head
         connection.set_wal_hook(self._note_wal_pages)
         self._queue: SimpleQueue[_Job] = SimpleQueue()
@@ -168,9 +169,9 @@ class Writer:
                 with_checkpoint = self.checkpoint_due
                 error = self._guarded(self._log.compact)
                 if isinstance(error, MehdbError):
-                    self._log.compacts = self._log.compacts and not isinstance(error, DamagedRow)
-                    log.warning('compaction stopped code=%s reason="%s"', error.code, error)
+                    self._note_compaction_stopped(error)
                     break
+                self._compaction_error = None
                 self._publish([], [])
                 if with_checkpoint:
                     self._checkpoint()
@@ -180,6 +181,12 @@ class Writer:
                 )
             except Empty:
                 self._look_for_room()
+
+    def _note_compaction_stopped(self, error: MehdbError) -> None:
+        self._log.compacts = self._log.compacts and not isinstance(error, DamagedRow)
+        if error.code != self._compaction_error:
+            log.warning('compaction stopped code=%s reason="%s"', error.code, error)
+            self._compaction_error = error.code
 
     def _take_batch(self, first: _Job) -> tuple[list[_Job], _Job | None]:
         """Return *first* with the writes that wait behind it, up to the bounds, and the job that ended the batch.
@@ -215,8 +222,8 @@ class Writer:
         if isinstance(outcomes, DiskFull) and not deletes:
             return self._without_sets(writes, outcomes)
         if isinstance(outcomes, DamagedRow):
-            if self._log.compacts:
-                self._log.compacts = False
+            if self._log.compacts:  # perhaps only what was to be compacted is damaged
+                self._note_compaction_stopped(outcomes)
                 return self._write(writes)
             if len(writes) > 1:
                 return [self._write([write])[0] for write in writes]

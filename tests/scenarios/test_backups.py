@@ -147,7 +147,7 @@ def test_a_backup_asks_before_it_replaces_a_file(pair: Cluster, tmp_path: Path) 
 def test_a_backup_that_cannot_be_written_leaves_nothing(pair: Cluster, tmp_path: Path) -> None:
     volume = pair.leader.volume
     assert "cannot be copied to" in mehdb("backup", tmp_path / "no" / "b.db", data_dir=volume).failed_in_one_line
-    assert "Is a directory" in mehdb("backup", tmp_path, "--yes", data_dir=volume).failed_in_one_line
+    assert "is a directory: name a file" in mehdb("backup", tmp_path, "--yes", data_dir=volume).failed_in_one_line
     with Path("/dev/full").open("wb") as full:
         done = at_terminal("backup", "-", data_dir=volume, stdout=full.fileno())
     assert done.code != 0

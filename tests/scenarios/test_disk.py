@@ -137,7 +137,7 @@ def test_a_leader_on_a_volume_without_any_room_starts_and_reads_and_leads_when_t
         assert (node.volume / WAL).stat().st_size > 15 * VALUE_BYTES
         fill(node.volume)
         node.start(ready=False)
-        stage.until(node, "recovering", "disk_full")
+        stage.until(node, "recovering", "the volume is full")
         assert not node.get("/readyz").is_success
         all_is_there(node, there)
         assert put(node, there, "another", 10).status_code == 503
