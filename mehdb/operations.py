@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import BinaryIO, Final
@@ -41,6 +42,7 @@ from mehdb.store import (
     abandon,
     begin_new_history,
     check_directory,
+    in_thread,
     install,
     make_snapshot,
     missing_behind,
@@ -75,14 +77,14 @@ def check(directory: Path, on_step: OnStep) -> Found:
     """Verify the store in *directory*, live or not. Raises `StoreError` if there is none."""
     with _usable(directory):
         mark = read_mark(directory)  # before the store, which goes on being written
-        report = check_directory(directory, lambda done, total: on_step("check", done, total))
+        report = check_directory(directory, partial(on_step, "check"))
     return Found(report, missing_behind(mark, report.position))
 
 
 def check_file(path: Path, on_step: OnStep) -> Meta:
     """Verify the backup at *path*. Raises `StoreError` and `Refused`."""
     _require_whole_file(path)
-    return verify_snapshot(path, lambda done, total: on_step("check", done, total))
+    return verify_snapshot(path, partial(on_step, "check"))
 
 
 def backup(directory: Path, path: Path, on_step: OnStep) -> Meta:
@@ -90,34 +92,33 @@ def backup(directory: Path, path: Path, on_step: OnStep) -> Meta:
 
     Or not at all. Raises `StoreError`, and `Refused` where *path* is a directory or lies in a node's.
     """
+    to_output = path == STANDARD
     if path.is_dir():
         raise Refused(f"{path} is a directory: name a file")
-    if (path.parent / LOCK_NAME).exists():
+    if not to_output and (path.parent / LOCK_NAME).exists():
         raise Refused(f"{path} is in a data directory: name a file elsewhere")
     if not directory.is_dir():
         raise StoreFailed(f"{directory} is no directory: name another with --data-dir")
-    to_output = path == STANDARD
-    partial = directory / f"{OUTGOING}-{os.getpid()}" if to_output else path.with_name(f"{path.name}.part")
+    unfinished = directory / f"{OUTGOING}-{os.getpid()}" if to_output else path.with_name(f"{path.name}.part")
     try:
         remove_leftovers_of_commands(directory)
-        snapshot = make_snapshot(directory, partial, _room_for(partial, directory))
-        verify_snapshot(partial, lambda done, total: on_step("verify", done, total))
+        snapshot = make_snapshot(directory, unfinished, _room_for(unfinished, directory), partial(on_step, "copy"))
+        verify_snapshot(unfinished, partial(on_step, "verify"))
         if to_output:
-            with partial.open("rb") as file:
+            with unfinished.open("rb") as file:
                 _copy(file, sys.stdout.buffer)
         else:
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
+            sync_file(unfinished)
+            unfinished.replace(path)
             sync_directory(path.parent)
     except (Damaged, DamagedRow) as error:
-        why = str(error).replace(str(partial), "the copy")
+        why = str(error).replace(str(unfinished), "the copy")
         raise Damaged(f"the store in {directory} cannot be backed up ({why}): back up another node") from error
     except OSError as error:
         raise StoreFailed(f"{path} cannot be written: {error.strerror}") from error
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
     return snapshot.meta
 
 
@@ -155,11 +156,11 @@ async def restore(directory: Path, path: Path, *, replace: bool, on_step: OnStep
             with _opened(path) as file:
                 await asyncio.to_thread(_copy_to, file, incoming)
         try:
-            await asyncio.to_thread(verify_snapshot, incoming, lambda done, total: on_step("verify", done, total))
+            await in_thread(partial(verify_snapshot, incoming), partial(on_step, "verify"))
         except StoreError as error:
             raise Refused(str(error).replace(str(incoming), str(path)) + ": nothing was changed") from error
         await asyncio.to_thread(begin_new_history, incoming, new_history())
-        meta = await asyncio.to_thread(verify_snapshot, incoming)
+        meta = await in_thread(partial(verify_snapshot, incoming), partial(on_step, "verify again"))
         return meta, await _install(directory, incoming, meta, "replaced", only_if_empty=not replace)
 
 

@@ -5,15 +5,15 @@ It puts nothing in any store's place. Whoever asked for it does, once it is know
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Final
 
 from mehdb.errors import Damaged, PeerAnswerInvalid, UnknownSchema
 from mehdb.peers import Peer
-from mehdb.store import Meta, verify_snapshot
+from mehdb.store import Meta, in_thread, verify_snapshot
 
 log = logging.getLogger("mehdb.transfer")
 
@@ -54,24 +54,8 @@ async def fetch(peer: Peer, path: Path, on_step: OnStep | None = None) -> Meta:
 
 
 async def _fetch(peer: Peer, path: Path, say: OnStep) -> Meta:
-    announced = await peer.download(path, lambda done, total: say("download", done, total))
-    meta = await _verified(path, say)
+    announced = await peer.download(path, partial(say, "download"))
+    meta = await in_thread(partial(verify_snapshot, path), partial(say, "verify"))
     if (meta.history, meta.head) != (announced.history, announced.revision):
         raise PeerAnswerInvalid(f"{peer.url}: the snapshot is not the one that was announced")
     return meta
-
-
-async def _verified(path: Path, say: OnStep) -> Meta:
-    """Verify all of the store at *path* in a thread, which ends soon when nobody waits for it any more."""
-    given_up = threading.Event()
-
-    def on_progress(done: int, total: int) -> None:
-        if given_up.is_set():
-            raise InterruptedError
-        say("verify", done, total)
-
-    try:
-        return await asyncio.to_thread(verify_snapshot, path, on_progress)
-    except asyncio.CancelledError:
-        given_up.set()
-        raise

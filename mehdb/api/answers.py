@@ -31,6 +31,7 @@ HEARTBEAT: Final = "Mehdb-Heartbeat"  # asked for by name: not every client pass
 BEAT_S: Final = 1.0  # two may be lost to a busy machine before a peer gives up
 FILE_CHUNK_BYTES: Final = 1 << 18  # amortises the thread that reads it
 FILE_STALL_S: Final = 5.0  # for a chunk of a file: whoever waits for their turn is another node
+FILE_RATE_MIN: Final = 1 << 20  # bytes per second, in the long run, for the same reason: a file takes room, too
 PIECE_BYTES: Final = 256 << 10  # of a large answer: few waits, and a client at the lowest rate takes one in seconds
 STALLED_S: Final = PIECE_BYTES / BODY_RATE_MIN  # a client that has taken no piece for so long makes room for others
 
@@ -169,12 +170,15 @@ class FileAnswer(Answer):
     async def send(self, request: web.BaseRequest) -> None:
         """Send it to a client that may read slowly, but must go on reading."""
         try:
+            clock = asyncio.get_running_loop().time
+            due_s = clock()  # when the next chunk ought to go out, at the lowest rate
             async with asyncio.timeout(FILE_STALL_S):
                 await request.writer.write(self._head)
             async with aiofiles.open(self._path, "rb") as file:
                 while chunk := await file.read(FILE_CHUNK_BYTES):
-                    async with asyncio.timeout(FILE_STALL_S):
+                    async with asyncio.timeout_at(min(clock(), due_s) + FILE_STALL_S):
                         await request.writer.write(chunk)
+                    due_s += len(chunk) / FILE_RATE_MIN
         except TimeoutError as error:
             if request.transport is not None:
                 request.transport.abort()
@@ -216,3 +220,4 @@ async def heard(request: web.BaseRequest, work: Coroutine[Any, Any, T]) -> T:
         return task.result()
     finally:
         task.cancel()
+        await asyncio.wait([task])  # it may have a file to clear away

@@ -12,12 +12,13 @@
     snapshot.py a copy of the whole store: made, verified, put in a store's place
     check.py    every invariant of the schema, verified
     lock.py     one process per data directory
+    threads.py  long work that nobody may wait for any more
 
 It knows nothing of roles, peers or HTTP. It owns promises 1, 2 and 5: a write is acknowledged after its commit is
 durable, shown after it is durable, and shown as it was written or not at all.
 """
 
-from mehdb.store.check import CheckReport, OnProgress, check_directory
+from mehdb.store.check import CheckReport, check_directory
 from mehdb.store.lock import FILE_NAME as LOCK_NAME
 from mehdb.store.lock import CommandLock, DirectoryLock, lock_holder
 from mehdb.store.log import Write
@@ -39,6 +40,7 @@ from mehdb.store.snapshot import (
     verify_snapshot,
 )
 from mehdb.store.store import Store
+from mehdb.store.threads import OnProgress, in_thread
 
 __all__ = [
     "INCOMING",
@@ -57,6 +59,7 @@ __all__ = [
     "abandon",
     "begin_new_history",
     "check_directory",
+    "in_thread",
     "install",
     "keep_copy",
     "lock_holder",

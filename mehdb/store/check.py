@@ -5,6 +5,7 @@ Reads one consistent state of a store, live or not, and changes nothing. Memory 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import sleep
@@ -15,7 +16,8 @@ import apsw
 from mehdb.errors import DamagedRow, StoreFailed
 from mehdb.model import GENESIS, ORIGIN, Chain, Change, Position
 from mehdb.store.schema import FILE_NAME, PAGE_SIZE, SCHEMA_VERSION, Meta, is_damage, open_reader, read_meta
-from mehdb.store.seal import seal
+from mehdb.store.seal import is_intact, seal
+from mehdb.store.threads import OnProgress, unheard
 
 PROBLEMS_MAX: Final = 100  # enough to see the pattern; a wholly damaged store has one for each row
 INTEGRITY: Final = f"PRAGMA integrity_check({PROBLEMS_MAX})"
@@ -32,10 +34,8 @@ COMPARISONS: Final = {
         WHERE NOT EXISTS (SELECT 1 FROM entry WHERE entry.key = change.key) GROUP BY key
         HAVING (SELECT value IS NULL FROM change WHERE revision = newest) = 0""",
 }
+INTEGRITY_STEPS: Final = 1_000_000  # of SQLite's machine, between two looks whether anybody still waits
 YIELD_ROWS: Final = 256  # a thread that gives way so often delays the event loop by a millisecond at most
-
-OnProgress = Callable[[int, int], None]
-"""Told how many changes have been read, of how many."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,11 @@ class CheckReport:
     problems: tuple[str, ...]
 
 
-def check_directory(directory: Path, on_progress: OnProgress = lambda _done, _all: None) -> CheckReport:
-    """Verify every invariant of the store in *directory*, which may be open elsewhere. Raises `StoreFailed`."""
+def check_directory(directory: Path, on_progress: OnProgress = unheard) -> CheckReport:
+    """Verify every invariant of the store in *directory*, which may be open elsewhere. Raises `StoreFailed`.
+
+    *on_progress* is told how many changes have been read, of how many.
+    """
     try:
         connection = open_reader(directory)
         try:
@@ -63,7 +66,7 @@ def check_directory(directory: Path, on_progress: OnProgress = lambda _done, _al
     return report
 
 
-def check(connection: apsw.Connection, on_progress: OnProgress = lambda _done, _all: None) -> CheckReport:
+def check(connection: apsw.Connection, on_progress: OnProgress = unheard) -> CheckReport:
     """Verify all invariants of the store that *connection* reads, in one read transaction."""
     problems: list[str] = []
     position, changes, keys = Position(), 0, 0
@@ -74,7 +77,9 @@ def check(connection: apsw.Connection, on_progress: OnProgress = lambda _done, _
         changes = cast("int", connection.execute("SELECT count(*) FROM change").get)
         keys = cast("int", connection.execute("SELECT count(*) FROM entry").get)
         on_progress(0, changes)
+        connection.set_progress_handler(partial(_go_on, on_progress, changes), INTEGRITY_STEPS)
         problems += (f"SQLite: {line}" for (line,) in connection.execute(INTEGRITY) if line != "ok")
+        connection.set_progress_handler(None)
         problems += islice(_problems(connection, meta, keys, lambda done: on_progress(done, changes)), PROBLEMS_MAX)
     except (apsw.Error, DamagedRow) as error:
         if not (is_damage(error) or isinstance(error, apsw.SQLError | DamagedRow)):
@@ -84,6 +89,12 @@ def check(connection: apsw.Connection, on_progress: OnProgress = lambda _done, _
         if connection.in_transaction:
             connection.execute("ROLLBACK")
     return CheckReport(position, changes, keys, tuple(problems[:PROBLEMS_MAX]))
+
+
+def _go_on(on_progress: OnProgress, changes: int) -> bool:
+    """Have SQLite go on, unless nobody waits for the check any more."""
+    on_progress(0, changes)
+    return False
 
 
 def _problems(connection: apsw.Connection, meta: Meta, keys: int, on_progress: Callable[[int], None]) -> Iterator[str]:
@@ -115,13 +126,13 @@ def _log_problems(connection: apsw.Connection, meta: Meta, on_progress: Callable
         row_revision, key, value, content_type, expires_at, row_crc, row_chain = row
         text = None if content_type is None else content_type.decode(errors="replace")
         change = Change(row_revision, key, value, text, expires_at)
-        expected_crc, expected_chain = seal(chain, change)
-        if row_crc != expected_crc:
+        intact = is_intact(change, row_crc)
+        if not intact:
             yield f"revision {change.revision}: the CRC does not match the row"
         if change.revision != revision + 1 and change.revision > meta.floor + 1:
             yield f"revision {change.revision}: those from {revision + 1} on are missing, above the floor {meta.floor}"
-        elif change.revision == revision + 1 and row_chain != expected_chain:
+        elif change.revision == revision + 1 and intact and row_chain != seal(chain, change)[1]:
             yield f"revision {change.revision}: the chain does not follow from the change before"
-        revision, chain = change.revision, Chain(row_chain)
+        revision, chain = change.revision, Chain(row_chain if isinstance(row_chain, bytes) else GENESIS)
     if (revision, chain) != (meta.head, meta.chain):
         yield f"the log ends at revision {revision}, the head is {meta.head}, or their chains differ"

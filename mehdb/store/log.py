@@ -53,14 +53,20 @@ def decide(writes: Iterable[Write], live: set[bytes], head: Revision) -> tuple[l
     return outcomes, changes
 
 
+# The sizes come from the rows' heads alone: a value is not read to be measured.
 NEXT: Final = """
     SELECT max(revision) FROM (
-        SELECT revision FROM change WHERE revision > ? AND revision <= ? ORDER BY revision LIMIT ?)"""
+        SELECT revision, sum(bytes) OVER (ORDER BY revision) - bytes AS before FROM (
+            SELECT revision, ifnull(length(value), 0) AS bytes FROM change
+            WHERE revision > ? AND revision <= ? ORDER BY revision LIMIT ?))
+    WHERE before < ?"""
 COMPACT: Final = """
     DELETE FROM change WHERE revision > ?1 AND revision <= ?2 AND NOT EXISTS (
         SELECT 1 FROM entry WHERE entry.key = change.key AND entry.revision = change.revision)"""
 COMPACT_FACTOR: Final = 4  # changes looked at for each one written: a sweep ends long before the next one is due
 COMPACT_STEP: Final = 500  # changes looked at in one transaction when nothing else is to do: a few milliseconds
+COMPACT_BYTES: Final = 4 << 20  # of values in either: each page of a large value is touched to be freed
+SQUEEZE_SHARE: Final = 16  # with so many times fewer superseded than live, a sweep frees little, squeezed or not
 
 
 class Log:
@@ -94,8 +100,10 @@ class Log:
         """Commit one step of compaction."""
         with self._transaction():
             meta = self._compacted(self.meta, COMPACT_STEP)
-            self._save(meta)
-        self.meta = meta
+            if meta != self.meta:
+                self._save(meta)
+        if meta != self.meta:
+            self.meta = meta
 
     def _window_start(self, meta: Meta) -> Revision:
         """Return the revision behind which superseded changes may go."""
@@ -107,17 +115,16 @@ class Log:
         start = self._window_start(meta)
         superseded = meta.changes - (meta.head - start) - meta.keys
         squeezed = start > meta.head - self._retain_changes and start > meta.floor
-        return superseded > (0 if squeezed else max(self._retain_changes, meta.keys) // 2)
+        return superseded > (meta.keys // SQUEEZE_SHARE if squeezed else max(self._retain_changes, meta.keys) // 2)
 
     def _compacted(self, meta: Meta, steps: int) -> Meta:
         """Look at the next *steps* changes of a sweep, if one is due. Return *meta* with what has become of it."""
-        if not self.compacts:
-            return meta
         if self._swept_to is None:
             if not self._is_worthwhile(meta):
                 return meta
             self._swept_to, self._sweep_end = ORIGIN, self._window_start(meta)
-        begin, end = self._swept_to, self._connection.execute(NEXT, (self._swept_to, self._sweep_end, steps)).get
+        begin = self._swept_to
+        end = self._connection.execute(NEXT, (begin, self._sweep_end, steps, COMPACT_BYTES)).get
         self._swept_to = cast("Revision | None", end)
         if end is None:
             return meta
@@ -134,7 +141,7 @@ class Log:
         size_bytes = os.stat(self._connection.filename).st_size  # noqa: PTH116  as quick as it gets: before each batch
         return max(0, int(self._connection.pragma("page_count")) * PAGE_SIZE - size_bytes)
 
-    def write(self, writes: Sequence[Write]) -> list[Outcome]:
+    def write(self, writes: Sequence[Write], *, compact: bool = True) -> list[Outcome]:
         """Commit *writes* in one transaction and return an outcome for each, in order."""
         live = self._live(write.key for write in writes)
         before = len(live)
@@ -142,7 +149,7 @@ class Log:
         if not changes:  # deletions of what was not there: nothing to sync
             return outcomes
         with self._transaction():
-            meta = self._append(changes, replace(self.meta, keys=self.meta.keys - before + len(live)))
+            meta = self._append(changes, replace(self.meta, keys=self.meta.keys - before + len(live)), compact=compact)
         self.meta = meta
         return outcomes
 
@@ -155,7 +162,7 @@ class Log:
         with self._transaction():
             newest = {change.key: change.value for change in page.changes}
             gone, come = len(self._live(newest)), sum(value is not None for value in newest.values())
-            meta = self._append(page.changes, replace(adopted, keys=adopted.keys - gone + come))
+            meta = self._append(page.changes, replace(adopted, keys=adopted.keys - gone + come), compact=True)
             if meta.chain != page.chain:
                 raise Diverged(f"the leader's chain at revision {meta.head} is another: the changes before it differ")
         self.meta = meta
@@ -186,7 +193,7 @@ class Log:
             raise PeerAnswerInvalid(f"the page after revision {page.after} does not continue revision {meta.head}")
         return meta
 
-    def _append(self, changes: Sequence[Change], meta: Meta) -> Meta:
+    def _append(self, changes: Sequence[Change], meta: Meta, *, compact: bool) -> Meta:
         """Write *changes* and *meta* with its head moved to the last of them. Return that."""
         rows, chain = [], meta.chain
         for change in changes:
@@ -201,7 +208,8 @@ class Log:
         )
         execute("DELETE FROM entry WHERE key = ?", [(c.key,) for c in newest.values() if c.value is None])
         meta = replace(meta, head=Revision(meta.head + len(rows)), chain=chain, changes=meta.changes + len(rows))
-        meta = self._compacted(meta, COMPACT_FACTOR * len(rows))
+        if compact and self.compacts:
+            meta = self._compacted(meta, COMPACT_FACTOR * len(rows))
         self._save(meta)
         return meta
 
@@ -224,6 +232,7 @@ class Log:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """Commit what the block did, or nothing of it."""
+        swept_to = self._swept_to
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -232,6 +241,7 @@ class Log:
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
+            self._swept_to = swept_to  # what was removed is back
             raise
 
 

@@ -12,7 +12,7 @@ import apsw
 from mehdb.errors import Compacted, DamagedRow
 from mehdb.model import GENESIS, ORIGIN, Chain, Change, Page, Revision
 from mehdb.store.schema import Meta, is_damage, open_reader
-from mehdb.store.seal import crc
+from mehdb.store.seal import is_intact
 
 # The hottest statement of all. A sub-select, not a join: SQLite runs it with half the instructions. What lies behind a
 # value that is too large is not touched, as SQLite would read the whole value to get there.
@@ -83,7 +83,7 @@ class Reader:
         if value_bytes is not None and value_bytes > value_bytes_max:
             raise LargeValue
         change = Change(revision, stored_key, value, content_type, expires_at)
-        if change.key != key or change.value is None or crc(change) != expected_crc:
+        if change.key != key or change.value is None or not is_intact(change, expected_crc):
             raise _damaged_change(revision, key)
         return change
 
@@ -129,7 +129,7 @@ class Reader:
                 change = Change(*columns)
                 if change.revision != after + len(changes) + 1:
                     raise Compacted(f"the change of revision {after + len(changes) + 1} has been compacted away")
-                if crc(change) != expected_crc:
+                if not is_intact(change, expected_crc):
                     raise _damaged(change.revision)
                 changes.append(change)
                 size_bytes += len(change.key) + len(change.value or b"") + CHANGE_OVERHEAD_BYTES

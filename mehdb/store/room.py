@@ -22,7 +22,7 @@ class Room:
         self._directory = directory
         self._ballast = directory / BALLAST_NAME
         self._reserve_bytes = reserve_bytes
-        self._has_ballast = self._ballast.exists()
+        self._has_ballast = self._ballast.exists() and self._ballast.stat().st_size > 0  # a kill may leave it empty
 
     def free_bytes(self) -> int:
         """Return how much may still be written."""

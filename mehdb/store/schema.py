@@ -25,7 +25,7 @@ import apsw.sqlite_extra
 from mehdb.errors import Damaged, DamagedRow, StoreFailed, UnknownSchema, UnsafeSqlite
 from mehdb.model import GENESIS, ORIGIN, Chain, Change, Epoch, History, Position, Revision
 from mehdb.store.mark import read_mark
-from mehdb.store.seal import crc
+from mehdb.store.seal import is_intact
 
 FILE_NAME: Final = "store.db"
 WAL_NAME: Final = FILE_NAME + "-wal"
@@ -143,7 +143,7 @@ def open_writer(directory: Path) -> apsw.Connection:
         # What a killed process wrote into the WAL may not be synced, yet SQLite would show it: a checkpoint syncs it.
         try:
             connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-        except apsw.FullError:  # then the WAL stays as it is, synced too: what is there can be read all the same
+        except (apsw.FullError, apsw.BusyError):  # no room, or a backup reads: then the WAL stays, synced as well
             sync_file(directory / WAL_NAME)
     except BaseException:
         connection.close()
@@ -318,7 +318,7 @@ def _verify_head(connection: apsw.Connection, meta: Meta) -> None:
         return
     *columns, expected_crc, chain = row
     change = Change(*columns)
-    if (change.revision, chain) != (meta.head, meta.chain) or crc(change) != expected_crc:
+    if (change.revision, chain) != (meta.head, meta.chain) or not is_intact(change, expected_crc):
         raise DamagedRow(f"the newest change, {change.revision}, is not the head {meta.head}")
 
 

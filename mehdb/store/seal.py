@@ -41,3 +41,11 @@ def seal(previous: Chain, change: Change) -> tuple[int, Chain]:
 def crc(change: Change) -> int:
     """Return the CRC of *change*: 32 bits over everything that its row says."""
     return zlib.crc32(change.value or b"", zlib.crc32(_preamble(change)))
+
+
+def is_intact(change: Change, expected_crc: object) -> bool:
+    """Return whether *change* has that CRC. A flipped bit may have made text of bytes: such a change has none."""
+    try:
+        return crc(change) == expected_crc
+    except (TypeError, AttributeError, struct.error):  # columns of other types than were written
+        return False

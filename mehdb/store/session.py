@@ -16,7 +16,7 @@ from typing import Final, Self, TypeVar
 
 import apsw
 
-from mehdb.errors import Damaged, DamagedRow, DiskFull, StoreFailed
+from mehdb.errors import Damaged, DamagedRow, DiskFull, NotNow, StoreFailed
 from mehdb.model import VALUE_BYTES_LIMIT, Change
 from mehdb.store.log import Log
 from mehdb.store.mark import AcknowledgedMark
@@ -75,6 +75,7 @@ class Session:
         room: Room,
         *,
         on_commit: Callable[[], None],
+        on_damage: Callable[[DamagedRow], None],
         failure: "asyncio.Future[StoreFailed]",
     ) -> Self:
         """Open or create the store in *directory*.
@@ -84,8 +85,8 @@ class Session:
         with _failures(directory):
             try:
                 connection = open_writer(directory)
-            except (apsw.FullError, OSError):
-                if not room.drop_ballast():
+            except (apsw.Error, OSError) as error:
+                if not (_lacks_room(error) and room.drop_ballast()):
                     raise
                 connection = open_writer(directory)
             mark = None
@@ -102,7 +103,7 @@ class Session:
                 raise
         writer = Writer(
             connection, log, mark, room,
-            queue_bytes_max=options.queue_bytes_max, on_commit=on_commit, failure=failure,
+            queue_bytes_max=options.queue_bytes_max, on_commit=on_commit, on_damage=on_damage, failure=failure,
         )  # fmt: skip
         return cls(directory, writer, log.meta, point_reader)
 
@@ -151,7 +152,9 @@ class Session:
             try:
                 reader = self._scanner.reader = Reader(self._directory)
             except apsw.Error as error:
-                raise DamagedRow(f"the store cannot be opened again: {error}: read another node") from error
+                if is_damage(error):
+                    raise DamagedRow(f"the store cannot be opened again: {error}: read another node") from error
+                raise NotNow(f"the store cannot be opened once more: {error}: try again in a moment") from error
             self._scanners.append(reader)
         return reader
 
@@ -179,20 +182,21 @@ def _failures(directory: Path) -> Iterator[None]:
     """Say of what opening a store may end in whether it can be mended, may pass, or neither."""
     try:
         yield
-    except apsw.FullError as error:
-        raise _no_room(directory) from error
-    except apsw.Error as error:
+    except (apsw.Error, OSError) as error:
+        if _lacks_room(error):
+            raise DiskFull(
+                f"the volume of {directory} is full, the store in it cannot be opened: make room or enlarge it"
+            ) from error
         if is_damage(error):
             raise Damaged(f"{directory} cannot be read: {error}") from error
         raise StoreFailed(f"{directory} cannot be opened: {error}") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_room(directory) from error
-        raise StoreFailed(f"{directory} cannot be opened: {error}") from error
 
 
-def _no_room(directory: Path) -> DiskFull:
-    return DiskFull(f"the volume of {directory} is full, the store in it cannot be opened: make room or enlarge it")
+def _lacks_room(error: apsw.Error | OSError) -> bool:
+    """Return whether *error*, of opening a store, says that the volume is full."""
+    if isinstance(error, apsw.IOError):  # the index of the WAL needs room in a file of its own before anything is read
+        return getattr(error, "extendedresult", None) == apsw.SQLITE_IOERR_SHMSIZE
+    return isinstance(error, apsw.FullError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ import apsw
 from mehdb.errors import Damaged, DamagedRow, DiskFull, Diverged, StoreError, StoreFailed
 from mehdb.model import Revision
 from mehdb.store import mark
-from mehdb.store.check import OnProgress, check
+from mehdb.store.check import check
 from mehdb.store.room import BEHIND, Room
 from mehdb.store.schema import (
     CHECKSUM_BYTES,
@@ -41,6 +41,7 @@ from mehdb.store.schema import (
     use_page_checksums,
     verifies_checksums,
 )
+from mehdb.store.threads import OnProgress, unheard
 
 INCOMING: Final = f"{FILE_NAME}.incoming"  # what arrives, until it is whole and verified
 OUTGOING: Final = f"{FILE_NAME}.outgoing"  # what is sent
@@ -48,7 +49,6 @@ OF_COMMAND: Final = re.compile(rf"{re.escape(FILE_NAME)}\.(?:incoming|outgoing)-
 CHAINS: Final = "SELECT revision, chain FROM change WHERE revision <= ? ORDER BY revision DESC LIMIT 1000"
 CHAIN: Final = "SELECT chain FROM change WHERE revision = ?"
 COPY_PAGES: Final = 2000  # pages copied between two looks of other threads: 8 MB, a few milliseconds
-DIGEST: Final = "sha256"
 CHUNK_BYTES: Final = 1 << 20
 
 
@@ -62,39 +62,51 @@ class Snapshot:
     digest: bytes
 
 
-def make_snapshot(directory: Path, path: Path, room: Room | None) -> Snapshot:
-    """Copy the store in *directory*, live or not, to *path*. It is not synced.
+def make_snapshot(directory: Path, path: Path, room: Room | None, on_progress: OnProgress = unheard) -> Snapshot:
+    """Copy the store in *directory*, live or not, to *path*. It is not synced. *on_progress* is told bytes, of bytes.
 
-    Raises `DiskFull` if that would leave less than the reserve of *room*, and `DamagedRow`.
+    Raises `DiskFull` if that would leave less than the reserve of *room*, and `DamagedRow`. Nothing is left then.
     """
-    path.unlink(missing_ok=True)
     try:
-        source = open_reader(directory)
-    except apsw.Error as error:
-        raise StoreFailed(f"the store in {directory} cannot be opened: {error}") from error
+        meta = _copy(directory, path, room, on_progress)
+        return Snapshot(path, meta, path.stat().st_size, _digest(path, on_progress))
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, apsw.FullError):
+            raise DiskFull("the volume became full while a snapshot was made") from error
+        if is_damage(error):
+            raise DamagedRow("this node's store is damaged, so it cannot be copied whole: `mehdb check`") from error
+        if isinstance(error, apsw.Error):
+            raise StoreFailed(f"{directory} cannot be copied to {path}: {error}") from error
+        raise
+
+
+def _copy(directory: Path, path: Path, room: Room | None, on_progress: OnProgress) -> Meta:
+    path.unlink(missing_ok=True)
+    source = open_reader(directory)
     try:
         source.execute("BEGIN")
         meta = read_meta(source)
         size_bytes = int(source.pragma("page_count")) * PAGE_SIZE
         if room and room.free_bytes() < size_bytes + room.reserve_bytes():
             raise DiskFull(f"a snapshot takes {size_bytes} bytes, for which this node's volume has no room: enlarge it")
-        _copy(source, path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, DIGEST).digest()
-        return Snapshot(path, meta, path.stat().st_size, digest)
-    except apsw.FullError as error:
-        path.unlink(missing_ok=True)
-        raise DiskFull("the volume became full while a snapshot was made") from error
-    except apsw.Error as error:
-        path.unlink(missing_ok=True)
-        if is_damage(error):
-            raise DamagedRow(f"this node's store is damaged, so it cannot be copied whole: {error}") from error
-        raise StoreFailed(f"{directory} cannot be copied to {path}: {error}") from error
+        _copy_pages(source, path, on_progress)
+        return meta
     finally:
-        source.close()
+        source.close()  # before the digest is taken: while this reads, the WAL cannot be used from its start again
 
 
-def _copy(source: apsw.Connection, path: Path) -> None:
+def _digest(path: Path, on_progress: OnProgress) -> bytes:
+    """Return the SHA-256 of the file at *path*."""
+    digest, size_bytes = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            on_progress(file.tell(), size_bytes)
+    return digest.digest()
+
+
+def _copy_pages(source: apsw.Connection, path: Path, on_progress: OnProgress) -> None:
     # By pages, not with VACUUM INTO: that writes the first page last, from which cksumvfs learns what to do.
     target = apsw.Connection(str(path))
     try:
@@ -106,12 +118,13 @@ def _copy(source: apsw.Connection, path: Path) -> None:
         with target.backup("main", source, "main") as copying:
             while not copying.done:
                 copying.step(COPY_PAGES)
+                on_progress((copying.page_count - copying.remaining) * PAGE_SIZE, copying.page_count * PAGE_SIZE)
         target.execute("PRAGMA journal_mode = DELETE").fetchall()  # so that it is one file, whoever opens it
     finally:
         target.close()
 
 
-def verify_snapshot(path: Path, on_progress: OnProgress = lambda _done, _all: None) -> Meta:
+def verify_snapshot(path: Path, on_progress: OnProgress = unheard) -> Meta:
     """Return the state of the store in the one file at *path*, all of which was verified.
 
     Raises `UnknownSchema`, and `Damaged` saying what is wrong.
@@ -166,11 +179,12 @@ def install(directory: Path, incoming: Path, meta: Meta, keep: str | None) -> Pa
     Returns where. A crash leaves the old store or the new one, or the old one in a way that shows its damage.
     """
     sync_file(incoming)
-    left_open = _holds_bytes(directory / WAL_NAME)
+    left_open = _holds_bytes(directory / WAL_NAME)  # by a backup that reads: all the same it was only older
+    keep = keep or (BEHIND if left_open else None)
     if keep == BEHIND:
         for earlier in directory.glob(f"{BEHIND}-*"):  # one is enough: they are made without an operator
             shutil.rmtree(earlier, ignore_errors=True)
-    kept = keep_copy(directory, keep or "replaced") if keep or left_open else None
+    kept = keep_copy(directory, keep) if keep else None
     if left_open and (directory / mark.FILE_NAME).exists():
         sync_file(directory / mark.FILE_NAME)  # without its WAL the old store ends earlier, which nothing else tells
     # A WAL must never meet a database that it is not of.
@@ -243,7 +257,6 @@ def remove_leftovers(directory: Path) -> None:
             if not OF_COMMAND.match(path.name):
                 with suppress(OSError):
                     path.unlink()
-    take_back_half_kept(directory)
 
 
 def remove_leftovers_of_commands(directory: Path) -> None:

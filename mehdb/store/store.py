@@ -8,6 +8,7 @@ import contextlib
 import errno
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
@@ -39,7 +40,9 @@ from mehdb.store.snapshot import (
     install,
     make_snapshot,
     remove_leftovers,
+    take_back_half_kept,
 )
+from mehdb.store.threads import in_thread
 from mehdb.store.writer import Writer
 
 T = TypeVar("T")
@@ -114,13 +117,15 @@ class Store:
     def _open_files(self) -> None:
         """Open what there is: for writing, or for reading alone where the volume allows no more."""
         assert self._lock is not None, "the directory is ours first"  # noqa: S101  our own invariant
+        take_back_half_kept(self.directory)
         self._meta, self.damage = EMPTY, None
         if self._lock.read_only:
             self._session = Session.open_for_reading(self.directory)
         else:
             self._session = Session.open_for_writing(
-                self.directory, self._options, self._room, on_commit=self._wake, failure=self.failure
-            )
+                self.directory, self._options, self._room,
+                on_commit=self._wake, on_damage=self._note_damage, failure=self.failure,
+            )  # fmt: skip
         self._wake()
 
     async def close(self) -> None:
@@ -336,14 +341,14 @@ class Store:
 
     async def check(self) -> CheckReport:
         """Verify every invariant of the schema. Takes seconds a million changes; reads and writes go on."""
-        return await asyncio.to_thread(check_directory, self.directory)
+        return await in_thread(partial(check_directory, self.directory))
 
     async def snapshot(self) -> Snapshot:
         """Make a snapshot, which the caller removes. One at a time. Raises `DiskFull`, `DamagedRow` and `StoreAway`."""
         if self._session is None:
             raise _away()
         try:
-            return await asyncio.to_thread(make_snapshot, self.directory, self.directory / OUTGOING, self._room)
+            return await in_thread(partial(make_snapshot, self.directory, self.directory / OUTGOING, self._room))
         except DamagedRow as error:
             self._note_damage(error)
             raise

@@ -30,7 +30,8 @@ BATCH_BYTES_MAX: Final = 4 << 20  # keeps a batch of large values short as well
 WRITE_OVERHEAD_BYTES: Final = 256  # about what a queued write occupies beside its key and value
 CHECKPOINT_PAGES: Final = 4096  # 16 MiB of WAL: seldom enough to be cheap, short enough for a restart within a second
 SQUEEZE_FACTOR: Final = 2  # of the reserve: the window is let go before a set has to be refused
-SQUEEZE_EVERY_S: Final = 1.0  # what was the head so long ago, connected followers have: they lag by milliseconds
+SQUEEZE_EVERY_S: Final = 60.0  # what was the head so long ago, a follower has that restarts as planned
+SQUEEZE_SHORT_S: Final = 1.0  # the same where sets are refused already: connected followers lag by milliseconds
 
 Task = Callable[[Log], None]
 """Work that is not a client's write, such as applying a page: alone in its transaction."""
@@ -54,16 +55,18 @@ class Writer:
         *,
         queue_bytes_max: int,
         on_commit: Callable[[], None],
+        on_damage: Callable[[DamagedRow], None],
         failure: "asyncio.Future[StoreFailed]",
     ) -> None:
         """Start the thread, which owns *connection*, *changes* and *mark* from here on.
 
-        *on_commit* is called on the loop after a commit; *failure* is done when nothing can be written any more.
+        *on_commit* is called on the loop after a commit, *on_damage* when compaction met some, which no caller is told;
+        *failure* is done when nothing can be written any more.
         """
         self.queue_bytes = 0
         self._failure = failure
         self._queue_bytes_max = queue_bytes_max
-        self._on_commit = on_commit
+        self._on_commit, self._on_damage = on_commit, on_damage
         self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._log = changes
@@ -75,7 +78,7 @@ class Writer:
         self._closing = False
         self._wal_pages = 0
         self._compaction_error: str | None = None  # why it stopped last, None since it has gone on
-        self._squeeze_at_s, self._squeeze_head = 0.0, changes.meta.head
+        self._squeeze_at_s, self._squeeze_head = monotonic(), changes.meta.floor  # nobody is known to have the head
         connection.set_wal_hook(self._note_wal_pages)
         self._queue: SimpleQueue[_Job] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mehdb-writer", daemon=True)
@@ -172,18 +175,21 @@ class Writer:
                     self._note_compaction_stopped(error)
                     break
                 self._compaction_error = None
-                self._publish([], [])
+                if self._log.meta is not self.meta:
+                    self._publish([], [])
                 if with_checkpoint:
                     self._checkpoint()
             try:
                 return self._queue.get(
-                    timeout=SQUEEZE_EVERY_S if self.short_of_room or self._log.compaction_due else None
+                    timeout=SQUEEZE_SHORT_S if self.short_of_room or self._log.compaction_due else None
                 )
             except Empty:
                 self._look_for_room()
 
     def _note_compaction_stopped(self, error: MehdbError) -> None:
-        self._log.compacts = self._log.compacts and not isinstance(error, DamagedRow)
+        if isinstance(error, DamagedRow):
+            self._log.compacts = False  # until the store is mended and opened again
+            self._loop.call_soon_threadsafe(self._on_damage, error)
         if error.code != self._compaction_error:
             log.warning('compaction stopped code=%s reason="%s"', error.code, error)
             self._compaction_error = error.code
@@ -222,12 +228,17 @@ class Writer:
         if isinstance(outcomes, DiskFull) and not deletes:
             return self._without_sets(writes, outcomes)
         if isinstance(outcomes, DamagedRow):
-            if self._log.compacts:  # perhaps only what was to be compacted is damaged
-                self._note_compaction_stopped(outcomes)
-                return self._write(writes)
-            if len(writes) > 1:
-                return [self._write([write])[0] for write in writes]
+            return self._write_around(outcomes, writes)
         return [outcomes] * len(writes) if isinstance(outcomes, MehdbError) else outcomes
+
+    def _write_around(self, damage: DamagedRow, writes: Sequence[Write]) -> Sequence[Outcome]:
+        """Commit those of *writes* that do not need what is damaged. If only compaction does, that stops."""
+        if self._log.compacts:
+            outcomes = self._guarded(lambda: self._log.write(writes, compact=False))
+            if not isinstance(outcomes, MehdbError):
+                self._note_compaction_stopped(damage)
+                return outcomes
+        return [self._write([write])[0] for write in writes] if len(writes) > 1 else [damage]
 
     def _without_sets(self, writes: Sequence[Write], refusal: MehdbError) -> Sequence[Outcome]:
         """Commit the deletions among *writes*. The sets get *refusal*."""
@@ -267,7 +278,7 @@ class Writer:
         except (OSError, apsw.Error):
             return  # what cannot be asked is no reason to fail: the write itself will say
         now_s = monotonic()
-        if soon and now_s - self._squeeze_at_s >= SQUEEZE_EVERY_S:
+        if soon and now_s - self._squeeze_at_s >= (SQUEEZE_SHORT_S if short else SQUEEZE_EVERY_S):
             self._log.squeeze(self._squeeze_head)
             self._squeeze_at_s, self._squeeze_head = now_s, self._log.meta.head
 

@@ -120,7 +120,7 @@ async def test_sqlite_that_may_not_grow_its_file_reports_a_full_disk(volume: Pat
     failure: asyncio.Future[StoreFailed] = asyncio.get_running_loop().create_future()
     writer = Writer(
         connection, Log(connection, 1000), AcknowledgedMark.open(volume), Room(volume, 0),
-        queue_bytes_max=64 << 20, on_commit=lambda: None, failure=failure,
+        queue_bytes_max=64 << 20, on_commit=lambda: None, on_damage=pytest.fail, failure=failure,
     )  # fmt: skip
 
     async def allow(pages: int) -> None:

@@ -20,7 +20,7 @@ from mehdb.store.mark import AcknowledgedMark
 from mehdb.store.room import BALLAST_BYTES_MAX, BALLAST_NAME, RESERVE_SHARE, Room
 from mehdb.store.schema import open_writer
 from mehdb.store.seal import seal
-from mehdb.store.writer import SQUEEZE_EVERY_S, Writer
+from mehdb.store.writer import SQUEEZE_SHORT_S, Writer
 from stores import enqueue, outcomes, problems_of, put, until
 
 HISTORY = History("0123456789abcdef" * 2)
@@ -109,7 +109,7 @@ async def writer(
     connection = open_writer(volume)
     writer = Writer(
         connection, Log(connection, 1000), AcknowledgedMark.open(volume), room,
-        queue_bytes_max=64 * MIB, on_commit=lambda: None, failure=failure,
+        queue_bytes_max=64 * MIB, on_commit=lambda: None, on_damage=pytest.fail, failure=failure,
     )  # fmt: skip
     await writer.run(lambda log: log.adopt(HISTORY, Epoch(1)))
     for n in range(200):
@@ -147,7 +147,7 @@ async def test_a_node_without_work_notices_that_there_is_room_again(writer: Writ
     room.free = 0
     assert await ends_in(writer, Write(b"new", b"v")) is DiskFull
     room.free = 1 << 40
-    await until(lambda: not writer.short_of_room, timeout_s=5 * SQUEEZE_EVERY_S)
+    await until(lambda: not writer.short_of_room, timeout_s=5 * SQUEEZE_SHORT_S)
 
 
 async def test_a_page_is_applied_below_the_reserve(writer: Writer, room: VolumeOf) -> None:
@@ -163,7 +163,7 @@ async def test_a_volume_short_of_room_lets_go_of_what_the_window_retains(writer:
     assert writer.meta.floor == 0
     room.free = 0
     assert await ends_in(writer, Write(b"new", b"v")) is DiskFull
-    await until(lambda: writer.meta.floor == 199, timeout_s=10 * SQUEEZE_EVERY_S)
+    await until(lambda: writer.meta.floor == 199, timeout_s=10 * SQUEEZE_SHORT_S)
     assert writer.meta.head == 200
     room.free = 1 << 40
     assert await ends_in(writer, Write(b"new", b"v")) is None
