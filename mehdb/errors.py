@@ -15,7 +15,7 @@
     │   ├── Diverged                                       409
     │   └── Compacted                                      410
     ├── PeerError           another node's fault, or the network's
-    │   └── PeerUnreachable (─ PeerAbsent, NotRunning), PeerAnswerInvalid, StaleEpoch
+    │   └── PeerUnreachable (─ PeerAbsent, NotRunning), PeerAnswerInvalid, SnapshotRefused, StaleEpoch
     ├── StoreError          this disk's fault
     │   ├── DirectoryInUse, CommandAtWork, UnsafeSqlite, UnknownSchema, Damaged  before anything is opened or changed
     │   ├── DamagedRow                                     500
@@ -237,6 +237,12 @@ class PeerAnswerInvalid(PeerError):
     """An answer that no healthy node gives: nothing of it was applied."""
 
     code = "peer_answer_invalid"
+
+
+class SnapshotRefused(PeerError):
+    """The other node cannot give a snapshot, for want of room, say: asked again at once, it could not either."""
+
+    code = "snapshot_refused"
 
 
 class StaleEpoch(PeerError):

@@ -159,31 +159,30 @@ class Life:
             log.info("resumed node=%s", self._node.name)
 
     async def _play_once(self) -> None:
-        damaged = await self._opened()
+        await self._opened()
         async with contextlib.AsyncExitStack() as stack:
             if self._leadership.leader_url is None:
-                part: Leader | Follower = Leader(self._store, self._leadership, peer_urls(self._settings), damaged)
+                part: Leader | Follower = Leader(self._store, self._leadership, peer_urls(self._settings))
             else:
                 leader = await stack.enter_async_context(Peer(self._leadership.leader_url))
-                part = Follower(self._store, leader, self._node.name, damaged)
+                part = Follower(self._store, leader, self._node.name)
             self._node.part = part
             await part.run()
 
-    async def _opened(self) -> Damaged | None:
-        """Return when the store is open, or why it never will be as it is."""
+    async def _opened(self) -> None:
+        """Return when the store is open, or known to be damaged."""
         while not self._store.is_open:
             try:
                 await self._store.start()
             except Damaged as error:
                 log.error('store damaged reason="%s"', error)  # noqa: TRY400  the reason says it all
-                return error
+                break
             except DiskFull as error:
                 if self._node.obstacle != str(error):
                     log.error('store not opened reason="%s"', error)  # noqa: TRY400
                 self._node.obstacle = str(error)
                 await asyncio.sleep(OPEN_EVERY_S)
         self._node.obstacle = OPENING
-        return None
 
     # To an operator's commands.
 

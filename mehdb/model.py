@@ -200,6 +200,8 @@ def decode_position(data: bytes) -> NodePosition:
         raise PeerAnswerInvalid(f"not a node's position: {error}") from error
     if position.history is not None and not is_history(position.history):
         raise PeerAnswerInvalid(f"not a history: {position.history[:100]!r}")
+    if not is_history(position.chain):  # the same form
+        raise PeerAnswerInvalid(f"not a chain: {position.chain[:100]!r}")
     return position
 
 

@@ -15,7 +15,7 @@ from typing import Final
 from mehdb import __version__
 from mehdb.api import Check, Followers
 from mehdb.errors import Draining, NotNow, ReadOnly, Recovering
-from mehdb.model import DrainReport, NodeStatus, Position, Role, State
+from mehdb.model import DrainReport, Epoch, NodeStatus, Position, Role, State
 from mehdb.recovery import Leader
 from mehdb.replication import Follower
 from mehdb.roles import Leadership
@@ -84,13 +84,19 @@ class Node:
         if self.role is Role.LEADER and not (self.part and self.part.state is State.SERVING):
             raise Recovering("this node does not lead yet: ask again in a moment")
 
-    def note_follower(self, position: Position, address: str | None) -> None:
-        """Take note of a node at *address* whose store is at *position*: it may hold what this leader lacks."""
-        if isinstance(self.part, Leader) and position.revision:
-            meta = self._store.meta
-            ahead = position.history == meta.history and position.revision > meta.head
-            if ahead or meta.head == 0 or self.part.state is not State.SERVING:
-                self.part.doubt(self._peer_url(address))
+    def note_follower(self, position: Position, epoch: Epoch, address: str | None) -> None:
+        """Take note of a node at *address* whose store is at *position*: it may hold what this leader lacks.
+
+        *epoch* is the highest that it has seen: it would not obey a lower one.
+        """
+        if not isinstance(self.part, Leader) or position.history is None:
+            return
+        meta = self._store.meta
+        same = position.history == meta.history
+        ahead = same and position.revision > meta.head
+        lacks = position.revision > 0 and (meta.head == 0 or self.part.state is not State.SERVING)
+        if ahead or lacks or (same and epoch > meta.epoch):
+            self.part.doubt(self._peer_url(address), epoch if same else Epoch(0))
 
     def _peer_url(self, address: str | None) -> str | None:
         """Return where the node at *address* answers. All pods listen on one port; other nodes are in the settings."""

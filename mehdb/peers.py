@@ -23,7 +23,16 @@ from typing import Final, NamedTuple, Self
 import aiofiles
 import httpx
 
-from mehdb.errors import Compacted, DiskFull, Diverged, PeerAbsent, PeerAnswerInvalid, PeerUnreachable, StaleEpoch
+from mehdb.errors import (
+    Compacted,
+    DiskFull,
+    Diverged,
+    PeerAbsent,
+    PeerAnswerInvalid,
+    PeerUnreachable,
+    SnapshotRefused,
+    StaleEpoch,
+)
 from mehdb.model import (
     PAGE_BYTES_MAX,
     Epoch,
@@ -111,6 +120,7 @@ class Peer:
         Raises `PeerUnreachable`, `PeerAnswerInvalid`, `StaleEpoch`, and as the peer says: `Diverged`, `Compacted`.
         """
         query: dict[str, str | int | float] = {"after": position.revision, "durable": durable, "wait": wait_s}
+        query["epoch"] = epoch
         if node is not None:
             query["node"] = node
         if position.history is not None:
@@ -147,11 +157,14 @@ class Peer:
     async def download(self, path: Path, on_progress: Callable[[int, int], None]) -> Download:
         """Write the peer's snapshot to *path* and verify its length and digest. *on_progress* is told bytes, of bytes.
 
-        Raises `PeerUnreachable` (what has arrived is of no use), `PeerAnswerInvalid`, and `DiskFull` of this node's.
+        Raises `PeerUnreachable` (what has arrived is of no use), `SnapshotRefused`, `PeerAnswerInvalid`, and `DiskFull`
+        of this node's.
         """
         async with self._asking(None), self._client.stream("GET", "/snapshot") as answer:
             if answer.status_code != httpx.codes.OK:
-                raise PeerUnreachable(f"{self.url} gives no snapshot: {_message(await _body(answer))}")
+                passes = answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
+                kind = PeerUnreachable if passes else SnapshotRefused
+                raise kind(f"{self.url} gives no snapshot: {_message(await _body(answer))}")
             expected, size_bytes, digest = self._announced(answer)
             if shutil.disk_usage(path.parent).free < size_bytes:
                 raise DiskFull(f"a snapshot of {size_bytes} bytes does not fit on this volume: make room or enlarge it")
@@ -199,6 +212,8 @@ class Peer:
             if error.errno in ABSENT_NAMES:
                 raise PeerAbsent(f"{self.url}: the name does not resolve") from error
             raise PeerUnreachable(f"{self.url}: whether the name resolves cannot be found out: {error}") from error
+        except UnicodeError as error:
+            raise PeerUnreachable(f"{self.url}: {url.host!r} is no name: {error}") from error
         except TimeoutError as error:
             raise PeerUnreachable(f"{self.url}: whether the name resolves cannot be found out in time") from error
         if not _says_nothing(url.host, [str(address[0]) for *_, address in found]):
@@ -223,7 +238,10 @@ class Peer:
         if seen is not None and answer.headers.get("Mehdb-Role") != Role.LEADER:
             raise PeerAnswerInvalid(f"{self.url} does not lead: is the list of peers in order?")
         if seen is not None and history == position.history and int(epoch) < seen:
-            raise StaleEpoch(f"{self.url} leads in epoch {epoch}, which is over: {seen} has been seen")
+            raise StaleEpoch(
+                f"{self.url} leads in epoch {epoch}, which is over: {seen} has been seen. If another process leads as "
+                "well, end the older one; if none does, restart it"
+            )
         if answer.status_code == Diverged.status:
             raise Diverged(_message(body))
         if answer.status_code == Compacted.status:

@@ -17,7 +17,6 @@ from typing import Final
 
 from mehdb.errors import (
     Compacted,
-    Damaged,
     DamagedRow,
     DiskFull,
     Diverged,
@@ -25,11 +24,12 @@ from mehdb.errors import (
     NotNow,
     PeerAnswerInvalid,
     PeerError,
+    SnapshotRefused,
     StaleEpoch,
 )
-from mehdb.model import ORIGIN, Epoch, History, LeaderStatus, Page, Position, Revision, State
+from mehdb.model import LeaderStatus, Page, Position, Revision, State
 from mehdb.peers import Peer, Pull
-from mehdb.store import Meta, Store, read_mark
+from mehdb.store import Meta, Store, forget_divergence, note_divergence, read_divergence
 from mehdb.transfer import fetch
 
 log = logging.getLogger("mehdb.replication")
@@ -53,19 +53,15 @@ LEAVING: Final = (State.DRAINING, State.STOPPED)
 
 
 class Follower:
-    """Keeps *store* a copy of *leader*'s. `run` never returns; `state`, `problem` and `status` say how it goes.
+    """Keeps *store* a copy of *leader*'s. `run` never returns; `state`, `problem` and `status` say how it goes."""
 
-    *damaged* says why the store could not be opened, if that is so.
-    """
-
-    def __init__(self, store: Store, leader: Peer, node: str, damaged: Damaged | None = None) -> None:
+    def __init__(self, store: Store, leader: Peer, node: str) -> None:
         self.state = State.SYNCING
         self.leader_leaves = False
         """Whether the leader said, when last heard, that it takes no more writes."""
         self._store = store
         self._leader = leader
         self._node = node
-        self._damaged = damaged
         self._heal_at_s = monotonic()  # not before
         self._heals = 0
         self._refused: MehdbError | None = None  # why the last snapshot was of no use
@@ -76,6 +72,8 @@ class Follower:
         self._head: Revision | None = None  # the leader's, when last heard
         self._heard_at_s: float | None = None
         self._error: MehdbError | None = None  # why the leader is not followed, None while it is
+        if (divergence := read_divergence(store.directory)) and store.reached().revision:
+            self.state, self._error = State.DIVERGED, Diverged(divergence)
         self._progress = 0  # how often it was: a failure after some is a new one
 
     @property
@@ -83,7 +81,8 @@ class Follower:
         """Why this follower is not ready, None if it is. One that has synced once is, with or without a leader."""
         if self.state is State.SERVING:
             return None
-        reasons = [f"{self._damaged.code}: {self._damaged}"] if self._damaged else []
+        damaged = self._store.damaged
+        reasons = [f"{damaged.code}: {damaged}"] if damaged else []
         if self._error is not None:
             advice = DIVERGED_ADVICE if self.state is State.DIVERGED else ""
             reasons.append(f"{self._error.code}: {self._error}{advice}")
@@ -108,7 +107,7 @@ class Follower:
             try:
                 await self._follow()
             except (PeerError, Diverged, Compacted, DiskFull, DamagedRow, NotNow) as error:
-                self._note_failure(error)
+                await self._note_failure(error)
                 await self._leader.disconnect()
             delay_s = BACKOFF_LEAST_S if self._progress != progress else delay_s
             await asyncio.sleep(delay_s * random.uniform(0.5, 1))  # noqa: S311  no secret
@@ -117,8 +116,8 @@ class Follower:
 
     async def _follow(self) -> None:
         """Ask, apply, ask again, until something fails."""
-        await self._reopen()
-        if self._damaged:
+        await self._store.reopen()
+        if self._store.damaged:
             await self._take_snapshot()
         await self._heal_if_damaged()
         pull = await self._pull_or_snapshot()
@@ -135,14 +134,6 @@ class Follower:
             await self._heal_if_damaged()
             # Only now, at the head: what this asks after is durable here, and asking is what acknowledges it.
             pull = await self._pull(self._store.position)
-
-    async def _reopen(self) -> None:
-        """Open the store, if it could not be opened after another one was to be put in its place. Raises `DiskFull`."""
-        if self._damaged is None and not self._store.is_open:
-            try:
-                await self._store.start()
-            except Damaged as error:
-                self._damaged = error
 
     async def _pull_or_snapshot(self) -> Pull:
         """Return the next page, after taking the leader's snapshot if it says that there is no other way."""
@@ -174,39 +165,30 @@ class Follower:
             raise self._refused
         try:
             await self._replace_by(await fetch(self._leader, self._store.incoming))
-        except (DiskFull, Diverged, StaleEpoch, PeerAnswerInvalid) as error:
+        except (DiskFull, Diverged, StaleEpoch, PeerAnswerInvalid, SnapshotRefused) as error:
             self._refused, self._snapshot_at_s = error, monotonic() + self._snapshot_delay_s
             self._snapshot_delay_s = min(2 * self._snapshot_delay_s, SNAPSHOT_MOST_S)
             raise
         finally:
             await asyncio.to_thread(self._store.incoming.unlink, missing_ok=True)
-        self._damaged, self._refused, self._pages_only = None, None, False
+        self._refused, self._pages_only = None, False
         self._snapshot_delay_s = SNAPSHOT_RETRY_S
 
     async def _replace_by(self, meta: Meta) -> None:
         """Put what has arrived, whose state is *meta*, in the store's place, if that was an older state of it."""
-        store, history, head, epoch = self._store, *self._own()
-        if head and (meta.history != history or meta.head < head):
+        store, own = self._store, self._store.reached()
+        if own.revision and (meta.history != own.history or meta.head < own.revision):
             raise Diverged(f"the leader's snapshot is of {meta.history} at {meta.head}, no later state of this store")
-        if meta.history == history and meta.epoch < epoch:
-            raise StaleEpoch(f"the snapshot is of epoch {meta.epoch}, which is over: {epoch} has been seen")
-        if self._damaged or store.damage:
-            keep: str | None = "damaged"
-        else:
-            keep = None if head == 0 or await store.continued_by(store.incoming) else "behind"
+        if meta.history == own.history and meta.epoch < store.meta.epoch:
+            raise StaleEpoch(f"the snapshot is of epoch {meta.epoch}, which is over: {store.meta.epoch} has been seen")
+        certain = await store.continued_by(store.incoming)
+        keep = "damaged" if store.damaged or store.damage else None if certain else "behind"
         kept = await store.replace(store.incoming, meta, keep)
         log.info("snapshot taken revision=%d leader=%s kept=%s", meta.head, self._leader.url, kept or "nothing")
 
-    def _own(self) -> tuple[History | None, Revision, Epoch]:
-        """Return the store's history, head and epoch; of one that cannot be opened, what it once acknowledged."""
-        if self._damaged is None:
-            return self._store.meta.history, self._store.head, self._store.meta.epoch
-        mark = read_mark(self._store.directory)
-        return (mark.history, mark.revision, Epoch(0)) if mark else (None, ORIGIN, Epoch(0))
-
     async def _heal_if_damaged(self) -> None:
         """Take a snapshot if damage was met. If that fails, go on with what is sound, and try again later."""
-        if self._store.damage is None or monotonic() < self._heal_at_s:
+        if self._store.damage is None or self.state is State.DIVERGED or monotonic() < self._heal_at_s:
             return
         log.error('damage met, taking a snapshot reason="%s"', self._store.damage)
         self._heal_at_s = monotonic() + HEAL_AGAIN_S * 2**self._heals
@@ -256,16 +238,19 @@ class Follower:
             self._error = None
         if self.state is State.DIVERGED:
             self.state = State.SYNCING
+            forget_divergence(self._store.directory)
         if self.state is State.SYNCING and self._target is not None and self._store.head >= self._target:
             self.state = State.SERVING
             log.info("synced revision=%d leader=%s", self._store.head, self._leader.url)
 
-    def _note_failure(self, error: MehdbError) -> None:
+    async def _note_failure(self, error: MehdbError) -> None:
         if self.state is State.DIVERGED and not isinstance(error, Diverged):
             return  # a leader that is away as well makes that no better: the first reason stands
         if self._error is None or self._error.code != error.code:
             level = logging.ERROR if isinstance(error, Diverged | Compacted) else logging.WARNING
             log.log(level, 'leader not followed code=%s leader=%s reason="%s"', error.code, self._leader.url, error)
         if isinstance(error, Diverged):
+            if self.state is not State.DIVERGED:
+                await asyncio.to_thread(note_divergence, self._store.directory, str(error))
             self.state, self._target, self._head = State.DIVERGED, None, None
         self._error = error

@@ -29,7 +29,7 @@ from fake_leader import (
     soon,
     with_snapshots,
 )
-from mehdb.errors import MehdbError, PeerAnswerInvalid, PeerUnreachable
+from mehdb.errors import MehdbError, PeerAnswerInvalid, PeerUnreachable, SnapshotRefused
 from mehdb.model import GENESIS, Page, Position, State
 from mehdb.peers import ANSWER_TIMEOUT_S, Peer
 from mehdb.replication import Follower
@@ -110,11 +110,13 @@ async def cut(request: web.BaseRequest) -> web.StreamResponse:
     return web.Response()
 
 
-UNREACHABLE: dict[str, Lie] = {
+REFUSED: dict[str, Lie] = {
     "no room for it": answered(507, '{"error": "disk_full"}'),
-    "others are first": answered(503, '{"error": "snapshot_busy"}'),
     "no such route": answered(404),
     "damage over there": answered(500, '{"error": "damaged_row"}'),
+}
+UNREACHABLE: dict[str, Lie] = {
+    "others are first": answered(503, '{"error": "snapshot_busy"}'),
     "no answer": lambda _: hang,
     "a connection cut": lambda _: cut,
     "half of it": lambda copy: snapshot_answer(copy, copy.data[: len(copy.data) // 2]),
@@ -153,6 +155,13 @@ INVALID: dict[str, Lie] = {
     "another head": bent(rewritten("UPDATE meta SET head = head + 1")),
     "no head": bent(rewritten("DELETE FROM meta")),
 }
+
+LIES = REFUSED | UNREACHABLE | INVALID
+
+
+def kind_of(name: str) -> type[MehdbError]:
+    """Return what the lie called *name* is taken for."""
+    return SnapshotRefused if name in REFUSED else PeerUnreachable if name in UNREACHABLE else PeerAnswerInvalid
 
 
 @dataclass
@@ -226,12 +235,12 @@ async def test_a_whole_snapshot_is_what_its_sender_says(copy: Copy, tmp_path: Pa
     assert all(0 <= done <= total for _, done, total in steps)
 
 
-@pytest.mark.parametrize("name", UNREACHABLE | INVALID)
+@pytest.mark.parametrize("name", LIES)
 async def test_what_is_no_whole_sound_snapshot_is_refused_and_nothing_of_it_stays(
     copy: Copy, tmp_path: Path, name: str
 ) -> None:
-    error: type[MehdbError] = PeerUnreachable if name in UNREACHABLE else PeerAnswerInvalid
-    async with fake_leader((UNREACHABLE | INVALID)[name](copy)) as leader, Peer(leader.url) as peer:
+    error = kind_of(name)
+    async with fake_leader(LIES[name](copy)) as leader, Peer(leader.url) as peer:
         started_s = monotonic()
         with pytest.raises(error) as raised:
             await fetch(peer, tmp_path / "incoming")
@@ -287,10 +296,10 @@ async def test_a_follower_behind_the_floor_takes_the_snapshot_and_goes_on_from_t
         assert not leftovers(tmp_path)
 
 
-@pytest.mark.parametrize("name", UNREACHABLE | INVALID)
+@pytest.mark.parametrize("name", LIES)
 async def test_a_snapshot_that_fails_leaves_the_old_store_in_service(tmp_path: Path, name: str) -> None:
-    code = "peer_unreachable" if name in UNREACHABLE else "peer_answer_invalid"
-    async with scene(tmp_path, (UNREACHABLE | INVALID)[name]) as stage:
+    code = kind_of(name).code
+    async with scene(tmp_path, LIES[name]) as stage:
         before, file = stage.store.meta, inode(tmp_path / "follower" / "store.db")
         async with asyncio.timeout(30):
             while not (stage.follower.problem or "").startswith(f"{code}: "):  # read all the while
@@ -308,7 +317,7 @@ async def test_a_snapshot_that_fails_leaves_the_old_store_in_service(tmp_path: P
 
 @pytest.mark.parametrize("name", ["no room for it", "others are first", "half of it", "a flipped bit"])
 async def test_where_no_snapshot_can_be_had_pages_do(tmp_path: Path, name: str) -> None:
-    async with scene(tmp_path, (UNREACHABLE | INVALID)[name], pages=True) as stage:
+    async with scene(tmp_path, LIES[name], pages=True) as stage:
         await soon(lambda: stage.follower.state is State.SERVING, "the follower to serve")
         assert stage.equal
         asked = [asked.query.get("snapshot", "yes") for asked in stage.leader.asked if asked.path == "/replicate"]

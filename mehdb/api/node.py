@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
-from mehdb.model import NodeStatus, Position, Role, State
+from mehdb.model import Epoch, NodeStatus, Position, Role, State
 
 
 class Check(NamedTuple):
@@ -58,8 +58,11 @@ class NodeView(Protocol):
         """Raise `Recovering` on a leader that does not lead yet: nobody may copy what it holds."""
         ...
 
-    def note_follower(self, position: Position, address: str | None) -> None:
-        """Take note of a node at *address* (an IP) whose store is at *position*: it may hold what this one lacks."""
+    def note_follower(self, position: Position, epoch: Epoch, address: str | None) -> None:
+        """Take note of a node at *address* (an IP) whose store is at *position*: it may hold what this one lacks.
+
+        *epoch* is the highest that it has seen: it would not obey a lower one.
+        """
         ...
 
     def checks(self) -> tuple[Check, ...]:

@@ -20,6 +20,7 @@ from mehdb.model import (
     GENESIS,
     ORIGIN,
     Chain,
+    Epoch,
     FollowerStatus,
     History,
     NodePosition,
@@ -113,6 +114,10 @@ def _revision(text: str) -> Revision:
     return Revision(whole_number(0, REVISION_MAX)(text))
 
 
+def _epoch(text: str) -> Epoch:
+    return Epoch(whole_number(0, REVISION_MAX)(text))
+
+
 def _snapshot(text: str) -> bool:
     if text != "no":
         raise ValueError("must be no, or left out")
@@ -159,11 +164,12 @@ class ReplicationRoutes:
         after = parameters.take("after", _revision, ORIGIN)
         position = Position(history, after, parameters.take("chain", _chain, GENESIS))
         durable = min(after, parameters.take("durable", _revision, after))
+        epoch = parameters.take("epoch", _epoch, Epoch(0))
         node = parameters.take("node", _node, None)
         wait_s = parameters.take("wait", seconds(WAIT_S_MAX), 0.0)
         may_snapshot = parameters.take("snapshot", _snapshot, default=True)
         parameters.finish()
-        self._node.note_follower(position, request.remote)
+        self._node.note_follower(position, epoch, request.remote)
         self._node.require_leading()
         if self._store.meta.history is None:
             raise NotSynced("this node holds nothing yet: ask another one")

@@ -7,11 +7,12 @@
     reader.py   point reads and scans on read-only connections
     schema.py   the tables, the pragmas, opening and creating
     seal.py     the CRC of a row and the chain over all of them
-    mark.py     the acknowledged mark: up to where the store must reach
+    mark.py     the acknowledged mark: up to where the store must reach; the note that it has diverged
     room.py     the reserve of the volume, and the ballast
     snapshot.py a copy of the whole store: made, verified, put in a store's place
     check.py    every invariant of the schema, verified
     lock.py     one process per data directory
+    files.py    what makes files and names durable
     threads.py  long work that nobody may wait for any more
 
 It knows nothing of roles, peers or HTTP. It owns promises 1, 2 and 5: a write is acknowledged after its commit is
@@ -19,12 +20,13 @@ durable, shown after it is durable, and shown as it was written or not at all.
 """
 
 from mehdb.store.check import CheckReport, check_directory
+from mehdb.store.files import sync_directory, sync_file
 from mehdb.store.lock import FILE_NAME as LOCK_NAME
 from mehdb.store.lock import CommandLock, DirectoryLock, lock_holder
 from mehdb.store.log import Write
-from mehdb.store.mark import read_mark, write_mark
+from mehdb.store.mark import forget_divergence, note_divergence, read_divergence, read_mark, write_mark
 from mehdb.store.room import Room
-from mehdb.store.schema import Meta, missing_behind, new_history, require_sound, sync_directory, sync_file
+from mehdb.store.schema import Meta, missing_behind, new_history, require_sound
 from mehdb.store.session import StoreOptions
 from mehdb.store.snapshot import (
     INCOMING,
@@ -35,6 +37,7 @@ from mehdb.store.snapshot import (
     install,
     keep_copy,
     make_snapshot,
+    raise_epoch,
     remove_leftovers_of_commands,
     take_back_half_kept,
     verify_snapshot,
@@ -59,6 +62,7 @@ __all__ = [
     "abandon",
     "begin_new_history",
     "check_directory",
+    "forget_divergence",
     "in_thread",
     "install",
     "keep_copy",
@@ -66,6 +70,9 @@ __all__ = [
     "make_snapshot",
     "missing_behind",
     "new_history",
+    "note_divergence",
+    "raise_epoch",
+    "read_divergence",
     "read_mark",
     "remove_leftovers_of_commands",
     "require_sound",

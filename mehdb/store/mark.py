@@ -1,10 +1,15 @@
-"""The acknowledged mark: a small file that says up to which revision this store has acknowledged.
+"""Two small files beside the store: the acknowledged mark, and the note that it has diverged.
+
+The mark says up to which revision this store has acknowledged.
 
 It is written after each commit and before the acknowledgement, without a sync. So it is never ahead of what is durable,
 and after a crash a store that is behind it has lost changes that were acknowledged: the end of a damaged WAL goes
 silently, as SQLite takes what follows the damage for the rest of an older WAL.
+
+The note outlives the process that found it out: a leader that has compacted since can no longer tell.
 """
 
+import contextlib
 import logging
 import os
 import struct
@@ -13,10 +18,12 @@ from pathlib import Path
 from typing import Final, Self
 
 from mehdb.model import Chain, History, Position, Revision
+from mehdb.store.files import sync_directory
 
 log = logging.getLogger("mehdb.store")
 
 FILE_NAME: Final = "acknowledged"
+DIVERGED_NAME: Final = "diverged"
 # History, revision, chain. Behind them a CRC-32: what is damaged itself proves nothing.
 _MARK = struct.Struct("<16sQ16s")
 _CRC = struct.Struct("<I")
@@ -76,3 +83,27 @@ def write_mark(directory: Path, position: Position) -> None:
         os.fsync(mark._fd)  # noqa: SLF001
     finally:
         mark.close()
+
+
+def note_divergence(directory: Path, reason: str) -> None:
+    """Take down, durably if there is room, why the store in *directory* has diverged from its leader's."""
+    with contextlib.suppress(OSError):
+        with (directory / DIVERGED_NAME).open("w") as file:
+            file.write(reason)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(directory)
+
+
+def read_divergence(directory: Path) -> str | None:
+    """Return why the store in *directory* has diverged; None if it has not, as far as is known."""
+    try:
+        return (directory / DIVERGED_NAME).read_text(errors="replace") or "it was found to have diverged"
+    except OSError:
+        return None
+
+
+def forget_divergence(directory: Path) -> None:
+    """Take down that the store in *directory* has not diverged, or no longer."""
+    with contextlib.suppress(OSError):
+        (directory / DIVERGED_NAME).unlink()

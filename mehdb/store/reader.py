@@ -4,6 +4,7 @@ The invariant it owns (promise 5): nothing leaves here whose CRC does not match.
 sync (promise 2).
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -119,30 +120,40 @@ class Reader:
     def page(self, after: Revision, meta: Meta, bytes_max: int) -> Page | None:
         """Return the changes after *after*, up to the head of *meta*, about *bytes_max* of them; None at the head.
 
-        Raises `DamagedRow`, and `Compacted` if one of them is gone.
+        Raises `DamagedRow`, and `Compacted`, if the first of them is damaged or gone. A page ends before such a one.
         """
         changes: list[Change] = []
         size_bytes, chain = 0, GENESIS
         try:
-            for row in self._connection.execute(CHANGES, (after, meta.head)):
-                *columns, expected_crc, chain = row
-                change = Change(*columns)
-                if change.revision != after + len(changes) + 1:
-                    raise Compacted(f"the change of revision {after + len(changes) + 1} has been compacted away")
-                if not is_intact(change, expected_crc):
-                    raise _damaged(change.revision)
+            for change, chain in self._changes(after, meta.head):  # noqa: B007  that of the last is wanted
                 changes.append(change)
                 size_bytes += len(change.key) + len(change.value or b"") + CHANGE_OVERHEAD_BYTES
                 if size_bytes >= bytes_max:
                     break
-        except (apsw.Error, UnicodeDecodeError) as error:
-            if not is_damage(error):
+        except (DamagedRow, Compacted):
+            if not changes:
                 raise
-            raise _damaged(after + len(changes) + 1) from error
         if not changes:
             return None
         assert meta.history is not None, "a store with changes has a history"  # noqa: S101  the schema's invariant
         return Page(meta.history, meta.epoch, after, chain, tuple(changes))
+
+    def _changes(self, after: Revision, head: Revision) -> Iterator[tuple[Change, Chain]]:
+        """Yield each change after *after*, up to *head*, with the chain at it. Raises `DamagedRow` and `Compacted`."""
+        expected = after
+        try:
+            for row in self._connection.execute(CHANGES, (after, head)):
+                *columns, expected_crc, chain = row
+                change, expected = Change(*columns), Revision(expected + 1)
+                if change.revision != expected:
+                    raise Compacted(f"the change of revision {expected} has been compacted away")
+                if not is_intact(change, expected_crc):
+                    raise _damaged(expected)
+                yield change, chain
+        except (apsw.Error, UnicodeDecodeError) as error:
+            if not is_damage(error):
+                raise
+            raise _damaged(expected + 1) from error
 
     def close(self) -> None:
         """Close the connection."""

@@ -24,6 +24,7 @@ import apsw.sqlite_extra
 
 from mehdb.errors import Damaged, DamagedRow, StoreFailed, UnknownSchema, UnsafeSqlite
 from mehdb.model import GENESIS, ORIGIN, Chain, Change, Epoch, History, Position, Revision
+from mehdb.store.files import sync_directory, sync_file
 from mehdb.store.mark import read_mark
 from mehdb.store.seal import is_intact
 
@@ -336,21 +337,3 @@ def refuse_other_schema(connection: apsw.Connection, path: Path) -> None:
 def new_history() -> History:
     """Return an ID that no history has had."""
     return History(secrets.token_hex(16))
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in *directory* durable, not only what the files hold."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_file(path: Path) -> None:
-    """Make what the file at *path* holds durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -17,9 +17,10 @@ from typing import Final
 import apsw
 
 from mehdb.errors import Damaged, DamagedRow, DiskFull, Diverged, StoreError, StoreFailed
-from mehdb.model import Revision
+from mehdb.model import Epoch, Position, Revision
 from mehdb.store import mark
 from mehdb.store.check import check
+from mehdb.store.files import sync_directory, sync_file
 from mehdb.store.room import BEHIND, Room
 from mehdb.store.schema import (
     CHECKSUM_BYTES,
@@ -36,8 +37,6 @@ from mehdb.store.schema import (
     refuse_other_schema,
     require_sound,
     require_whole_pages,
-    sync_directory,
-    sync_file,
     use_page_checksums,
     verifies_checksums,
 )
@@ -193,6 +192,7 @@ def install(directory: Path, incoming: Path, meta: Meta, keep: str | None) -> Pa
     sync_directory(directory)
     incoming.replace(directory / FILE_NAME)
     sync_directory(directory)
+    mark.forget_divergence(directory)
     mark.write_mark(directory, meta.position)
     sync_directory(directory)
     return kept
@@ -202,7 +202,7 @@ def abandon(directory: Path) -> Path | None:
     """Leave *directory* without a store, as if it never had one. Return where that is kept which was there."""
     kept = keep_copy(directory, "abandoned")
     # The mark last: until it goes, it shows that there was a store.
-    for name in (WAL_NAME, SHM_NAME, FILE_NAME, mark.FILE_NAME):
+    for name in (WAL_NAME, SHM_NAME, FILE_NAME, mark.DIVERGED_NAME, mark.FILE_NAME):
         (directory / name).unlink(missing_ok=True)
         sync_directory(directory)
     return kept
@@ -236,13 +236,37 @@ def _has_chain_of(later: apsw.Connection, earlier: apsw.Connection, head: Revisi
     return False
 
 
+def passed(incoming: Path, position: Position) -> bool:
+    """Return whether the store at *incoming* was once at *position*; False if that can no longer be told.
+
+    Raises `Diverged` if it certainly was not.
+    """
+    later = open_copy(incoming)
+    try:
+        chain = later.execute(CHAIN, (position.revision,)).get
+    finally:
+        later.close()
+    if chain not in (None, position.chain):
+        raise Diverged(f"the chain at revision {position.revision} is another in the snapshot: the changes differ")
+    return chain is not None
+
+
+def raise_epoch(path: Path, epoch: Epoch) -> None:
+    """Have the store in the one file at *path* know of *epoch*: its node has led at it, and must not again."""
+    _change_copy(path, "UPDATE meta SET epoch = max(epoch, ?)", epoch)
+
+
 def begin_new_history(path: Path, history: str) -> None:
     """Give the store in the one file at *path* another history, so that nobody takes it for a place in its old one."""
+    _change_copy(path, "UPDATE meta SET history = ?", history)
+
+
+def _change_copy(path: Path, statement: str, value: str | int) -> None:
     use_page_checksums()
     connection = apsw.Connection(str(path))
     try:
         connection.execute("PRAGMA synchronous = FULL; PRAGMA journal_mode = DELETE").fetchall()
-        connection.execute("UPDATE meta SET history = ?", (history,))
+        connection.execute(statement, (value,))
     except apsw.Error as error:
         raise StoreError(f"{path} cannot be changed: {error}") from error
     finally:

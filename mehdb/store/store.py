@@ -26,11 +26,13 @@ from mehdb.errors import (
 )
 from mehdb.model import GENESIS, ORIGIN, PAGE_BYTES, Chain, Change, Epoch, History, Page, Position, Revision
 from mehdb.store.check import CheckReport, check_directory
+from mehdb.store.files import sync_directory
 from mehdb.store.lock import DirectoryLock, refuse_beside_command
 from mehdb.store.log import Write
+from mehdb.store.mark import read_mark
 from mehdb.store.reader import Reader
 from mehdb.store.room import Room
-from mehdb.store.schema import Meta, new_history, sync_directory
+from mehdb.store.schema import Meta, new_history
 from mehdb.store.session import Session, StoreOptions
 from mehdb.store.snapshot import (
     INCOMING,
@@ -39,6 +41,7 @@ from mehdb.store.snapshot import (
     continues,
     install,
     make_snapshot,
+    passed,
     remove_leftovers,
     take_back_half_kept,
 )
@@ -62,6 +65,8 @@ class Store:
         self.directory = directory
         self.failure: asyncio.Future[StoreFailed] = asyncio.get_running_loop().create_future()
         """Done when a write or a sync has failed for good: the process must end and acknowledge nothing more."""
+        self.damaged: Damaged | None = None
+        """Why the store could not be opened, if that is so: another one may take its place (`replace`)."""
         self.damage: DamagedRow | None = None
         """The first damaged row that was met since the store was opened."""
         self._options = options or StoreOptions()
@@ -118,15 +123,31 @@ class Store:
         """Open what there is: for writing, or for reading alone where the volume allows no more."""
         assert self._lock is not None, "the directory is ours first"  # noqa: S101  our own invariant
         take_back_half_kept(self.directory)
-        self._meta, self.damage = EMPTY, None
-        if self._lock.read_only:
+        self._meta, self.damage, self.damaged = EMPTY, None, None
+        try:
+            self._open_session(read_only=self._lock.read_only)
+        except Damaged as error:
+            self.damaged = error
+            raise
+        self._wake()
+
+    def _open_session(self, *, read_only: bool) -> None:
+        if read_only:
             self._session = Session.open_for_reading(self.directory)
         else:
             self._session = Session.open_for_writing(
                 self.directory, self._options, self._room,
                 on_commit=self._wake, on_damage=self._note_damage, failure=self.failure,
             )  # fmt: skip
-        self._wake()
+
+    async def reopen(self) -> None:
+        """Open the files if they are closed, though sound: another store could not take their place.
+
+        Raises `DiskFull`.
+        """
+        if self._session is None and self.damaged is None:
+            with contextlib.suppress(Damaged):
+                await self.start()
 
     async def close(self) -> None:
         """Finish the queued writes, checkpoint, and let the directory go."""
@@ -155,19 +176,13 @@ class Store:
         yield
         self._open_files()
 
-    async def replace(
-        self, incoming: Path, meta: Meta, keep: str | None, *, only_at: Revision | None = None
-    ) -> Path | None:
-        """Put the verified store at *incoming* in this one's place; see `snapshot.install`, which says what is kept.
+    async def replace(self, incoming: Path, meta: Meta, keep: str | None) -> Path | None:
+        """Put the verified store at *incoming* in this one's place; see `snapshot.install`, which says what is kept."""
+        return await _whole(self._replace(incoming, meta, keep))
 
-        Raises `Diverged`, and replaces nothing, if a write has moved the head from *only_at*.
-        """
-        return await _whole(self._replace(incoming, meta, keep, only_at))
-
-    async def _replace(self, incoming: Path, meta: Meta, keep: str | None, only_at: Revision | None) -> Path | None:
+    async def _replace(self, incoming: Path, meta: Meta, keep: str | None) -> Path | None:
         await self._close_files()
         try:
-            self._require_head(only_at)
             kept = await asyncio.to_thread(install, self.directory, incoming, meta, keep)
         except BaseException as error:
             with contextlib.suppress(Damaged):  # as before: what was in the way is what has to be told
@@ -178,10 +193,6 @@ class Store:
             raise
         self._open_files()
         return kept
-
-    def _require_head(self, head: Revision | None) -> None:
-        if head not in (None, self._meta.head):
-            raise Diverged(f"a write came in between: the head is {self._meta.head}, no longer {head}")
 
     # What is known without a read. All of it is durable.
 
@@ -209,6 +220,10 @@ class Store:
     def position(self) -> Position:
         """History, head and the chain there."""
         return self.meta.position
+
+    def reached(self) -> Position:
+        """Return the position; of a damaged store the last one that it acknowledged, if that is known."""
+        return self.position if self.damaged is None else read_mark(self.directory) or Position()
 
     @property
     def queue_bytes(self) -> int:
@@ -359,12 +374,20 @@ class Store:
         return self.directory / INCOMING
 
     async def continued_by(self, incoming: Path) -> bool:
-        """Return whether the snapshot at *incoming* is certainly a later state of this store; see `continues`."""
+        """Return whether the snapshot at *incoming* is a later state of this store; False if that cannot be told.
+
+        Raises `Diverged` if it certainly is not. See `continues`; of a damaged store the mark is all there is.
+        """
+        reached = self.reached()
+        if reached.revision == ORIGIN:
+            return True
+        if self.damaged is not None:
+            return await asyncio.to_thread(passed, incoming, reached)
         try:
             return await asyncio.to_thread(continues, incoming, self.directory, self.head)
         except DamagedRow as error:
             self._note_damage(error)
-            raise
+            return False
 
     async def _scan(self, read: Callable[[Reader], T]) -> T:
         """Run *read* in a thread that has a reader of its own."""

@@ -15,7 +15,6 @@ from mehdb.model import Epoch, Position, Revision
 from mehdb.store import (
     Meta,
     Store,
-    Write,
     abandon,
     check_directory,
     install,
@@ -25,7 +24,7 @@ from mehdb.store import (
     require_sound,
     verify_snapshot,
 )
-from stores import child, enqueue, fill, leading, opened, put, rewrite, sql, tables_of, until
+from stores import child, fill, leading, opened, put, rewrite, sql, tables_of, until
 
 OLD_CHANGES: Final = 40
 NEW_CHANGES: Final = 60
@@ -346,21 +345,6 @@ async def read_on(store: Store, errors: set[str]) -> None:
         except MehdbError as error:
             errors.add(error.code)
         await asyncio.sleep(0)
-
-
-async def test_nothing_is_replaced_over_a_write_that_came_in_between(old: Path, incoming: tuple[Path, Meta]) -> None:
-    path, meta = incoming
-    async with opened(old) as store:
-        decided_at = store.head
-        writes = await enqueue(store, [Write(b"between", b"v")])
-        with pytest.raises(MehdbError, match=f"a write came in between: the head is {OLD_CHANGES + 1}"):
-            await store.replace(path, meta, None, only_at=decided_at)
-        assert await asyncio.gather(*writes) == [OLD_CHANGES + 1]
-        change = await store.get(b"between")
-        assert change is not None
-        assert path.exists()
-        await store.replace(path, meta, None, only_at=Revision(OLD_CHANGES + 1))
-        assert store.meta == meta
 
 
 async def test_a_replacement_mends_a_store_that_could_not_be_opened(old: Path, incoming: tuple[Path, Meta]) -> None:

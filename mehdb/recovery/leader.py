@@ -1,0 +1,273 @@
+"""The leader, from asking its peers to leading, and back when one shows up that holds more."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from time import monotonic
+from typing import Final
+
+from msgspec.structs import replace
+
+from mehdb.errors import Compacted, DamagedRow, DiskFull, Diverged, NotNow, PeerAbsent, PeerError, SnapshotRefused
+from mehdb.model import ORIGIN, Chain, Epoch, NodePosition, Position, Revision, State
+from mehdb.peers import Peer, Pull
+from mehdb.recovery.table import CatchUp, Decision, Lead, Own, Peers, Refuse, TakeSnapshot, Wait, contradiction, decide
+from mehdb.roles import Leadership
+from mehdb.store import Store
+from mehdb.transfer import fetch
+
+log = logging.getLogger("mehdb.recovery")
+
+SILENT_TIMEOUT_S: Final = 10.0  # how long a store with data waits for a peer that exists and does not answer
+ASK_EVERY_S: Final = 0.5
+ASK_MOST_S: Final = 5.0  # between two tries to take a peer's data: each may have it copy its whole store
+ASK_AGAIN_S: Final = 2.0  # between two looks at peers that seem to hold more
+PEERS_MAX: Final = 128  # with those that have shown up by themselves
+ASKED_AT_ONCE: Final = 8  # pods have consecutive ordinals: where so many in a row do not exist, no more are looked for
+EPOCH_STEP_MAX: Final = 1_000_000  # a store that is older than so many starts is none of ours: who says so is wrong
+
+
+class Leader:
+    """Recovers *store* from the peers, leads, and looks again when a peer shows up that holds more.
+
+    `run` never returns; `state` and `problem` say how it goes.
+    """
+
+    def __init__(self, store: Store, leadership: Leadership, peer_urls: Sequence[str]) -> None:
+        self.state = State.RECOVERING
+        self.problem: str | None = "asking its peers what they hold"
+        self._store = store
+        self._leadership = leadership
+        self._doubted = asyncio.Event()  # a peer showed up that holds more, or another history
+        self._led_from: Revision | None = None
+        self._forked: frozenset[str] = frozenset()
+        self._peers = [Peer(url) for url in peer_urls]
+        self._guests: set[str] = set()  # the URLs of those that have shown up by themselves
+        self._epoch_seen = Epoch(0)  # by a peer, in this store's history
+
+    def doubt(self, url: str | None, epoch: Epoch) -> None:
+        """Look at the table again, unless a write has been accepted since this node leads.
+
+        *url* is where the peer answers that gave rise to it, if that is known: a pod's name does not resolve before it
+        is ready, and it cannot be ready before its leader leads. *epoch* is the highest that it has seen in this
+        store's history.
+        """
+        if url and url not in {peer.url for peer in self._peers} and len(self._peers) < PEERS_MAX:
+            self._peers.insert(0, Peer(url))
+            self._guests.add(url)
+        if epoch <= self._store.meta.epoch + EPOCH_STEP_MAX:
+            self._epoch_seen = max(self._epoch_seen, epoch)
+        if self._led_from == self._store.head:
+            self._doubted.set()
+
+    async def run(self) -> None:
+        """Recover and lead, for ever."""
+        try:
+            while True:
+                await self._recover()
+                await self._until_peers_hold_more()
+        finally:
+            for peer in self._peers:
+                await peer.disconnect()
+
+    async def _recover(self) -> None:
+        """Return when this node leads."""
+        started_at_s, said, delay_s = monotonic(), "", ASK_EVERY_S
+        while True:
+            try:
+                await self._store.reopen()
+                waited = monotonic() - started_at_s > SILENT_TIMEOUT_S
+                decision = await self._decide(waited=waited)
+                if await self._carry_out(decision):
+                    return
+                delay_s = ASK_EVERY_S
+                if waited and isinstance(decision, Wait):
+                    await self._forget_guests()  # they came by themselves, and would again
+            except (PeerError, Compacted, DiskFull, DamagedRow, NotNow) as error:
+                self.problem = f"{error.code}: {error}"
+                delay_s = min(2 * delay_s, ASK_MOST_S)
+            if self.problem and self.problem != said:
+                log.warning('not leading yet state=%s reason="%s"', self.state, self.problem)
+                said = self.problem
+            await asyncio.sleep(delay_s)
+
+    async def _decide(self, *, waited: bool) -> Decision:
+        """Ask the peers, and return what follows."""
+        own, peers = self._own(), await self._ask()
+        decision = decide(own, peers, waited=waited)
+        if isinstance(decision, CatchUp | TakeSnapshot):
+            best = decision.urls[0]
+            if others := await self._contradicted_by(best, own, peers):
+                return contradiction(best, others, peers)
+        return decision
+
+    async def _carry_out(self, decision: Decision) -> bool:
+        """Do what was decided. Return whether this node leads now; if not, the table has to be looked at again."""
+        match decision:
+            case Lead():
+                await self._lead(decision)
+                return True
+            case CatchUp(urls):
+                self.state, self.problem = State.RECOVERING, f"catching up from {urls[0]}"
+                await self._with_one_of(urls, self._catch_up)
+            case TakeSnapshot(urls):
+                self.state, self.problem = State.RECOVERING, f"taking the snapshot of {urls[0]}"
+                await self._with_one_of(urls, self._take_whole)
+            case Wait(reason):
+                self.state, self.problem = State.RECOVERING, reason
+            case Refuse(reason):
+                self.state, self.problem = State.FAILED, reason
+        return False
+
+    async def _lead(self, decision: Lead) -> None:
+        for note in decision.notes:
+            log.warning('leading note="%s"', note)
+        epoch = self._leadership.next_epoch(decision.epoch)
+        try:
+            await self._store.lead(epoch, decision.history)
+        except DiskFull as error:
+            raise DiskFull(
+                "the volume is full, no epoch can be begun: make room on it or enlarge it; it goes on by itself"
+            ) from error
+        self._led_from = self._store.head
+        self.state, self.problem = State.SERVING, None
+        log.info("leading epoch=%d history=%s revision=%d", epoch, self._store.meta.history, self._store.head)
+
+    async def _with_one_of(self, urls: Sequence[str], work: Callable[[Peer], Awaitable[bool]]) -> None:
+        """Do *work* with the first of the peers that has something to give. One on another chain is remembered as such.
+
+        Raises what was in the way with the first, if none has.
+        """
+        obstacle: PeerError | Compacted | NotNow | None = None
+        for url in urls:
+            try:
+                if await work(self._peer(url)):
+                    return
+            except Diverged as error:
+                log.warning('forked peer=%s reason="%s"', url, error)
+                self._forked |= {url}
+                return
+            except (PeerError, Compacted, NotNow) as error:
+                obstacle = obstacle or error
+        if obstacle is not None:
+            raise type(obstacle)(
+                f"{obstacle}; this node does not lead with less: mend {urls[0]}, or, if its store is damaged, have it "
+                "given up with `mehdb accept-loss --start-empty` there"
+            ) from obstacle
+
+    async def _catch_up(self, peer: Peer) -> bool:
+        """Apply what *peer* has beyond this store's head, or take its snapshot where that is no longer whole."""
+        try:
+            return await self._take_pages(peer)
+        except Compacted:
+            return await self._take_snapshot(peer)
+
+    async def _take_whole(self, peer: Peer) -> bool:
+        """Take the snapshot of *peer*; if it has no room for one, and nothing is to be replaced here, its pages."""
+        try:
+            return await self._take_snapshot(peer)
+        except SnapshotRefused:
+            if self._store.damaged or self._store.head > ORIGIN:
+                raise
+            return await self._take_pages(peer)
+
+    async def _take_pages(self, peer: Peer) -> bool:
+        """Apply all that *peer* has beyond this store's head. Return whether there was anything."""
+        store, before = self._store, self._store.head
+        while (pull := await self._pull(peer, store.position)).page is not None:
+            # This node is about to lead, so no epoch of its own history is over for it.
+            await store.apply(replace(pull.page, epoch=max(pull.page.epoch, store.meta.epoch)))
+        if store.head > before:
+            log.info("caught up revision=%d from=%s", store.head, peer.url)
+        return store.head > before
+
+    async def _take_snapshot(self, peer: Peer) -> bool:
+        """Take the whole store of *peer* in place of this one's, which is kept if there was anything in it."""
+        store, before = self._store, self._store.reached()
+        damaged = store.damaged is not None
+        try:
+            meta = await fetch(peer, store.incoming)
+            if before.history == meta.history and not await store.continued_by(store.incoming):
+                log.warning("perhaps forked, nobody can tell any more revision=%d peer=%s", before.revision, peer.url)
+            kept = await store.replace(
+                store.incoming, meta, "damaged" if damaged else "replaced" if before.revision else None
+            )
+        finally:
+            await asyncio.to_thread(store.incoming.unlink, missing_ok=True)
+        log.info("snapshot taken revision=%d from=%s kept=%s", meta.head, peer.url, kept or "nothing")
+        return True
+
+    async def _until_peers_hold_more(self) -> None:
+        """Return when a peer holds what this node lacks, or a higher epoch, and it has accepted no write yet."""
+        while True:
+            await self._doubted.wait()
+            self._doubted.clear()
+            decision = await self._decide(waited=True)
+            if not isinstance(decision, Lead) or decision.epoch > self._store.meta.epoch:
+                self.state, self.problem = State.RECOVERING, "a peer has shown up that holds more"
+                await self._store.queue_worked_off()
+                if self._store.head == self._led_from:
+                    log.warning("a peer has shown up that holds more, recovering from it")
+                    return
+                self.state, self.problem = State.SERVING, None
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    def _own(self) -> Own:
+        reached, epoch = self._store.reached(), max(self._store.meta.epoch, self._epoch_seen)
+        return Own(reached.history, reached.revision, epoch, self._store.damaged)
+
+    async def _ask(self) -> Peers:
+        """Return what all peers say that exist."""
+        positions: dict[str, NodePosition] = {}
+        silent: dict[str, str] = {}
+        peers = list(self._peers)  # others may show up meanwhile
+        for start in range(0, len(peers), ASKED_AT_ONCE):
+            several = peers[start : start + ASKED_AT_ONCE]
+            answers = await asyncio.gather(*(peer.position() for peer in several), return_exceptions=True)
+            for peer, answer in zip(several, answers, strict=True):
+                if isinstance(answer, NodePosition):
+                    positions[peer.url] = answer
+                elif not isinstance(answer, PeerError):
+                    raise answer
+                elif not isinstance(answer, PeerAbsent):
+                    silent[peer.url] = str(answer)
+            if all(isinstance(answer, PeerAbsent) for answer in answers):
+                break
+        return Peers(positions, silent, self._forked)
+
+    async def _contradicted_by(self, best: str, own: Own, peers: Peers) -> list[str]:
+        """Return the peers whose changes are certainly not those of *best*, which holds the most.
+
+        Those that this store has itself, and those on another chain than it, have no say: it is not empty.
+        """
+        others = []
+        for url, one in peers.with_data().items():
+            said_by_own = not own.damaged and one.revision <= own.head
+            if url == best or said_by_own or one.history != peers.positions[best].history or url in peers.forked:
+                continue
+            try:
+                await self._pull(self._peer(best), Position(one.history, one.revision, Chain(bytes.fromhex(one.chain))))
+            except Diverged:
+                others.append(url)
+            except Compacted:  # only what they say of themselves is left: that one of them is not with its leader
+                if (one.state is State.DIVERGED) != (peers.positions[best].state is State.DIVERGED):
+                    others.append(url)
+            except PeerError:  # that it cannot tell is no contradiction, and will be in the way of more than this
+                continue
+        return others
+
+    def _peer(self, url: str) -> Peer:
+        return next(peer for peer in self._peers if peer.url == url)
+
+    async def _pull(self, peer: Peer, position: Position) -> Pull:
+        meta = self._store.meta
+        return await peer.pull(
+            position, meta.epoch, node=None, durable=position.revision, wait_s=0, pages_only=True, from_leader=False
+        )
+
+    async def _forget_guests(self) -> None:
+        guests = [peer for peer in self._peers if peer.url in self._guests]
+        self._peers = [peer for peer in self._peers if peer.url not in self._guests]
+        self._guests.clear()
+        for peer in guests:
+            await peer.disconnect()
