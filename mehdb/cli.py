@@ -16,8 +16,8 @@ from rich.progress import Progress, TaskID
 from mehdb import __version__, operations
 from mehdb.errors import MehdbError, Refused, SettingsError
 from mehdb.local import LocalCluster
-from mehdb.model import Role, State
-from mehdb.settings import SETTINGS, flag, load
+from mehdb.model import NodeStatus, Role, State
+from mehdb.settings import SETTINGS, base_url, flag, load
 from mehdb.transfer import OnStep
 
 EXIT_FAILED: Final = 1
@@ -186,7 +186,7 @@ def rejoin(
     if url is None:
         who = f"{status.node} has no leader just now" if status else "no node runs here that would know its leader"
         raise Refused(f"{who}: name it with --from URL")
-    _take(data_dir, url, "rejoined", yes=yes)
+    _take(data_dir, url, "rejoined", status, yes=yes)
 
 
 @app.command()
@@ -199,14 +199,25 @@ def adopt(
     status = asyncio.run(operations.status_of(data_dir))
     if status and status.role is Role.FOLLOWER:
         raise Refused(f"{status.node} follows: `mehdb rejoin` takes the leader's data")
-    _take(data_dir, peer, "adopted", yes=yes)
+    _take(data_dir, peer, "adopted", status, yes=yes)
 
 
-def _take(data_dir: Path, url: str, keep: str, *, yes: bool) -> None:
+def _take(data_dir: Path, text: str, keep: str, status: NodeStatus | None, *, yes: bool) -> None:
+    try:
+        url = base_url(text)
+    except ValueError as error:
+        raise Refused(f"--from: {error}") from error
     position = asyncio.run(operations.position_of(url))
+    if status and status.node == position.node:
+        raise Refused(f"{url} is {status.node} itself: name another node")
+    sound = status and status.state is not State.DIVERGED and status.damage is None
+    if status and sound and status.role is Role.FOLLOWER and status.history == position.history:
+        raise Refused(f"{status.node} holds its leader's history, and follows: nothing to do")
+    own = operations.meta_of(data_dir)
+    holds = f"history {own.history}, revision {own.head}" if own else "none, or damaged"
     _confirm(
-        f"The store in {data_dir} will be kept aside, and that of {position.node} ({url}) put in its place: history "
-        f"{position.history}, revision {position.revision}.",
+        f"The store in {data_dir} ({holds}) will be kept aside, and that of {position.node} ({url}) put in its place: "
+        f"history {position.history}, revision {position.revision}.",
         yes=yes,
     )
     with _progress() as on_step:
@@ -223,7 +234,9 @@ def accept_loss(
     yes: Yes = False,
 ) -> None:
     """Have a node start whose store lacks acknowledged changes that are nowhere else."""
-    _confirm(f"{operations.loss(data_dir)}. It will be given up.", yes=yes)
+    with _progress() as on_step:
+        lost = operations.loss(data_dir, start_empty=start_empty, on_step=on_step)
+    _confirm(f"{lost}. It will be given up.", yes=yes)
     with _progress() as on_step:
         kept = asyncio.run(operations.accept_loss(data_dir, start_empty=start_empty, on_step=on_step))
     _report(data_dir, "accepted: the store begins empty" if kept else "accepted: the store is trusted as it is", kept)

@@ -47,6 +47,7 @@ from mehdb.store import (
     make_snapshot,
     missing_behind,
     new_history,
+    raise_epoch,
     read_mark,
     remove_leftovers_of_commands,
     require_sound,
@@ -169,11 +170,25 @@ async def take(directory: Path, url: str, keep: str, on_step: OnStep) -> tuple[M
     with _incoming(directory) as incoming:
         async with Peer(url) as peer:
             meta = await fetch(peer, incoming, on_step)
+        own = meta_of(directory)
+        if own and own.history == meta.history:  # this node may have led since: no epoch must be led at twice
+            await asyncio.to_thread(raise_epoch, incoming, own.epoch)
         return meta, await _install(directory, incoming, meta, keep)
 
 
-def loss(directory: Path) -> str:
-    """Return what is wrong with the store in *directory* as a whole. Raises `Refused` if nothing is."""
+def meta_of(directory: Path) -> Meta | None:
+    """Return the state of the store in *directory*, live or not; None if there is none that is sound."""
+    try:
+        return require_sound(directory)
+    except (StoreError, OSError):
+        return None
+
+
+def loss(directory: Path, *, start_empty: bool, on_step: OnStep) -> str:
+    """Return what is wrong with the store in *directory* as a whole, or for *start_empty* with any part of it.
+
+    Raises `Refused` if nothing is.
+    """
     with _usable(directory):
         try:
             require_sound(directory)
@@ -181,6 +196,8 @@ def loss(directory: Path) -> str:
             return str(error)
         except FileNotFoundError:
             raise Refused(f"{directory} holds no store, so nothing is missing: name another with --data-dir") from None
+        if start_empty and (problems := check(directory, on_step).report.problems):
+            return problems[0]
     raise Refused("nothing is missing: this store can be used as it is")
 
 
@@ -192,7 +209,7 @@ async def accept_loss(directory: Path, *, start_empty: bool, on_step: OnStep) ->
     async with _alone(directory):
         with _usable(directory):
             take_back_half_kept(directory)
-        broken = loss(directory)
+        broken = await asyncio.to_thread(loss, directory, start_empty=start_empty, on_step=on_step)
         try:
             found = await asyncio.to_thread(check, directory, on_step)
             if not found.report.problems:

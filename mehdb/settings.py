@@ -71,7 +71,8 @@ def _size(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
-def _base_url(text: str) -> str:
+def base_url(text: str) -> str:
+    """Return the base URL that *text* is, without a slash at its end. Raises `ValueError`."""
     parts = urlsplit(text)
     try:
         fine = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
@@ -83,11 +84,11 @@ def _base_url(text: str) -> str:
 
 
 def _base_urls(text: str) -> tuple[str, ...]:
-    return tuple(_base_url(url.strip()) for url in text.split(","))
+    return tuple(base_url(url.strip()) for url in text.split(","))
 
 
 def _advertise_url(text: str) -> str:
-    _base_url(text.replace("{ordinal}", "0"))
+    base_url(text.replace("{ordinal}", "0"))
     return text.rstrip("/")
 
 
@@ -287,22 +288,27 @@ def _relations(settings: Settings) -> list[str]:
         problems.append(
             f"--host: {settings.host!r} has no ordinal: run me as a StatefulSet, whose pods are called NAME-ORDINAL"
         )
-    elif settings.ordinal not in (None, settings.leader_ordinal) and not settings.local:
-        problems += _missing_leader(settings)
+    elif settings.ordinal is not None and not settings.local:
+        problems += _missing_others(settings)
     return problems
 
 
-def _missing_leader(settings: Settings) -> list[str]:
-    """Return why a follower with these settings cannot know where its leader is."""
+def _missing_others(settings: Settings) -> list[str]:
+    """Return why a node with these settings cannot know where its leader is, or, if it leads, the others."""
+    follows = settings.ordinal != settings.leader_ordinal
     if settings.peers:
-        if len(settings.peers) > settings.leader_ordinal:
+        if not follows or len(settings.peers) > settings.leader_ordinal:
             return []
         return [f"--peers: the URL of the leader, ordinal {settings.leader_ordinal}, is missing: add it"]
     if settings.fqdn is None:
-        return [
-            f"--peers: missing: {settings.host!r} has ordinal {settings.ordinal}, so this node follows ordinal "
-            f"{settings.leader_ordinal}; say where that is, or give a single node a --host without one"
-        ]
+        return (
+            [
+                f"--peers: missing: {settings.host!r} has ordinal {settings.ordinal}, so this node follows ordinal "
+                f"{settings.leader_ordinal}; say where that is, or give a single node a --host without one"
+            ]
+            if follows
+            else []
+        )
     if settings.fqdn.count(".") < 2 and not (settings.service and settings.namespace):  # NAME.SERVICE.NAMESPACE
         return [
             f"--service, --namespace: missing, and the pod's DNS name {settings.fqdn!r} does not tell them: "

@@ -5,7 +5,8 @@ read. Here the head is one string, written with the body in one go. Answers that
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import contextlib
+from collections.abc import Callable, Coroutine, Iterator
 from http import HTTPStatus
 from operator import itemgetter
 from pathlib import Path
@@ -205,6 +206,17 @@ def error_answer(error: MehdbError) -> Answer:
         headers += f"Allow: {error.allowed}\r\n"
     body = {"error": error.code, "message": str(error), "status": error.status}
     return json_answer(body, status=error.status, headers=headers)
+
+
+@contextlib.contextmanager
+def waiting(request: web.BaseRequest) -> Iterator[None]:
+    """Have the connection count as idle while the block waits for a change: a probe may need its place."""
+    connection: Any = request.protocol  # each is a `server._Connection`
+    connection.waits_for_change = True
+    try:
+        yield
+    finally:
+        connection.waits_for_change = False
 
 
 async def heard(request: web.BaseRequest, work: Coroutine[Any, Any, T]) -> T:

@@ -12,7 +12,7 @@ from typing import Final
 
 from aiohttp import web
 
-from mehdb.api.answers import Answer, heard, json_answer
+from mehdb.api.answers import Answer, heard, json_answer, waiting
 from mehdb.api.node import NodeView
 from mehdb.api.requests import Parameters, Target, no_parameters, seconds
 from mehdb.errors import Compacted, Diverged, NotSynced, StoreAway
@@ -39,6 +39,7 @@ MSGPACK: Final = "application/vnd.msgpack"
 WAIT_S_MAX: Final = 60.0  # proxies and clients give up on a silent connection at about this age
 FOLLOWERS_MAX: Final = 100  # a StatefulSet has a few; names come from clients, so their number is bounded
 CONNECTED_S: Final = 4.0  # a follower asks at least every 1.5 s
+REFUSED_TOLD_MAX: Final = 16  # log lines in that time about nodes that are diverged
 FORGET_AFTER_S: Final = 300.0  # a follower that was scaled away is no longer listed
 REVISION_MAX: Final = (1 << 63) - 1  # SQLite's largest integer
 
@@ -55,20 +56,24 @@ class Followers:
 
     def __init__(self) -> None:
         self._seen: dict[str, _Seen] = {}
-        self._refused: set[str] = set()
+        self._refused: set[str] = set()  # told of since
+        self._refused_since_s = monotonic()
 
     def note(self, node: str, revision: Revision) -> None:
         """Take down that *node* holds everything up to *revision*."""
         if node not in self._seen and len(self._seen) >= FOLLOWERS_MAX:
             del self._seen[min(self._seen, key=lambda name: self._seen[name].at_s)]
         self._seen[node] = _Seen(revision, monotonic(), self.is_told(node))
-        self._refused.discard(node)
 
     def refuse(self, node: str, reason: str) -> None:
-        """Take down that *node* is diverged, and tell once."""
-        if self._seen.pop(node, None) is not None or node not in self._refused:
+        """Take down that *node* is diverged, and tell once. Names come from clients: few are told in a while."""
+        self._seen.pop(node, None)
+        if monotonic() - self._refused_since_s > FORGET_AFTER_S:
+            self._refused.clear()
+            self._refused_since_s = monotonic()
+        if node not in self._refused and len(self._refused) < REFUSED_TOLD_MAX:
+            self._refused.add(node)
             log.warning('follower refused node=%s reason="%s"', node, reason)
-        self._refused = {*list(self._refused)[: FOLLOWERS_MAX - 1], node}
 
     def is_told(self, node: str) -> bool:
         """Return whether *node* has been told that this one drains. Until then no long poll may keep that from it."""
@@ -184,8 +189,10 @@ class ReplicationRoutes:
         if node is not None:
             self._followers.note(node, durable)
         may_wait = wait_s and (node is None or not self._draining or self._followers.is_told(node))
-        if page is None and may_wait and await heard(request, self._store.wait_beyond(after, wait_s)):
-            page = await heard(request, self._store.page_after(position))
+        if page is None and may_wait:
+            with waiting(request):
+                changed = await heard(request, self._store.wait_beyond(after, wait_s))
+            page = await heard(request, self._store.page_after(position)) if changed else None
         if node is not None and self._draining:
             self._followers.tell(node)
         if page is None:

@@ -105,7 +105,7 @@ class ApiServer(web.Server):
 class _Connection(web.RequestHandler):
     """One connection. aiohttp has no public way to say in which state one is, so its private attributes tell."""
 
-    __slots__ = ("_head_bytes", "_head_timer", "_server", "content")
+    __slots__ = ("_head_bytes", "_head_timer", "_server", "content", "waits_for_change")
 
     def __init__(self, server: ApiServer, **options: Any) -> None:
         super().__init__(server, **options)
@@ -114,6 +114,8 @@ class _Connection(web.RequestHandler):
         self._head_timer: TimerHandle | None = None
         self.content = EMPTY_PAYLOAD
         """The body of the request under way, or of the last: it comes in while an answer is made, or after that."""
+        self.waits_for_change = False
+        """Whether the answer waits for something to happen: a client that asked for that can ask again."""
 
     def connection_made(self, transport: BaseTransport) -> None:
         """Begin to wait for a head."""
@@ -150,7 +152,7 @@ class _Connection(web.RequestHandler):
         since = self._next_keepalive_close_time
         if not self._request_count or (self._waiter is not None and not self._waiter.done()):
             return Patience(in_request=False, since=since)
-        if self.writing_paused or not self.content.is_eof():
+        if self.waits_for_change or self.writing_paused or not self.content.is_eof():
             return Patience(in_request=True, since=since)
         return None
 

@@ -108,7 +108,8 @@ def test_a_rejoin_that_is_killed_leaves_the_old_store_or_the_new_one(cluster: Cl
         assert follower.position() in (old, leader.position()), moment
         assert not check_directory(follower.volume).problems, moment
     assert kills >= len(MOMENTS) - 1
-    assert mehdb("rejoin", "--yes", data_dir=follower.volume).code == 0
+    if follower.position() != leader.position():  # the last of those that were killed may have been done before
+        assert mehdb("rejoin", "--yes", data_dir=follower.volume).code == 0
     assert cluster.converge() == leader.position()
     # Whatever the kills left, one of the kept stores is what the follower had.
     reports = [check_directory(folder) for folder in kept(follower.volume, "rejoined")]
@@ -256,7 +257,7 @@ def test_a_store_under_writes_never_looks_as_if_changes_were_missing(tmp_path: P
         eventually(lambda: (tmp_path / "store" / "acknowledged").exists(), "the first write")
         for _ in range(1000):
             with pytest.raises(Refused, match="nothing is missing"):
-                operations.loss(tmp_path / "store")
+                operations.loss(tmp_path / "store", start_empty=False, on_step=lambda *_: None)
     finally:
         ended.set()
         writing.join()
