@@ -78,8 +78,11 @@ class Leader:
                 await self._store.reopen()
                 waited = monotonic() - started_at_s > SILENT_TIMEOUT_S
                 decision = await self._decide(waited=waited)
-                if await self._carry_out(decision):
+                moved = await self._carry_out(decision)
+                if self.state is State.SERVING:
                     return
+                if moved:
+                    continue
                 delay_s = ASK_EVERY_S
                 if waited and isinstance(decision, Wait):
                     await self._forget_guests()  # they came by themselves, and would again
@@ -102,17 +105,16 @@ class Leader:
         return decision
 
     async def _carry_out(self, decision: Decision) -> bool:
-        """Do what was decided. Return whether this node leads now; if not, the table has to be looked at again."""
+        """Do what was decided. Return whether the table has another answer now."""
         match decision:
             case Lead():
                 await self._lead(decision)
-                return True
             case CatchUp(urls):
                 self.state, self.problem = State.RECOVERING, f"catching up from {urls[0]}"
-                await self._with_one_of(urls, self._catch_up)
+                return await self._with_one_of(urls, self._catch_up)
             case TakeSnapshot(urls):
                 self.state, self.problem = State.RECOVERING, f"taking the snapshot of {urls[0]}"
-                await self._with_one_of(urls, self._take_whole)
+                return await self._with_one_of(urls, self._take_whole)
             case Wait(reason):
                 self.state, self.problem = State.RECOVERING, reason
             case Refuse(reason):
@@ -133,20 +135,20 @@ class Leader:
         self.state, self.problem = State.SERVING, None
         log.info("leading epoch=%d history=%s revision=%d", epoch, self._store.meta.history, self._store.head)
 
-    async def _with_one_of(self, urls: Sequence[str], work: Callable[[Peer], Awaitable[bool]]) -> None:
+    async def _with_one_of(self, urls: Sequence[str], work: Callable[[Peer], Awaitable[bool]]) -> bool:
         """Do *work* with the first of the peers that has something to give. One on another chain is remembered as such.
 
-        Raises what was in the way with the first, if none has.
+        Return whether there was either. Raises what was in the way with the first, if there was none.
         """
         obstacle: PeerError | Compacted | NotNow | None = None
         for url in urls:
             try:
                 if await work(self._peer(url)):
-                    return
+                    return True
             except Diverged as error:
                 log.warning('forked peer=%s reason="%s"', url, error)
                 self._forked |= {url}
-                return
+                return True
             except (PeerError, Compacted, NotNow) as error:
                 obstacle = obstacle or error
         if obstacle is not None:
@@ -154,6 +156,7 @@ class Leader:
                 f"{obstacle}; this node does not lead with less: mend {urls[0]}, or, if its store is damaged, have it "
                 "given up with `mehdb accept-loss --start-empty` there"
             ) from obstacle
+        return False
 
     async def _catch_up(self, peer: Peer) -> bool:
         """Apply what *peer* has beyond this store's head, or take its snapshot where that is no longer whole."""

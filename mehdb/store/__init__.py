@@ -13,6 +13,7 @@
     check.py    every invariant of the schema, verified
     lock.py     one process per data directory
     files.py    what makes files and names durable
+    waiters.py  those that wait for a commit
     threads.py  long work that nobody may wait for any more
 
 It knows nothing of roles, peers or HTTP. It owns promises 1, 2 and 5: a write is acknowledged after its commit is

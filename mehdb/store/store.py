@@ -46,6 +46,7 @@ from mehdb.store.snapshot import (
     take_back_half_kept,
 )
 from mehdb.store.threads import in_thread
+from mehdb.store.waiters import Waiters
 from mehdb.store.writer import Writer
 
 T = TypeVar("T")
@@ -75,9 +76,7 @@ class Store:
         self._session: Session | None = None
         self._meta = EMPTY  # while there is no session
         self._commits = 0  # of the sessions before
-        self._advanced = asyncio.Event()  # set, and replaced, after each commit
-        self._interrupts = 0
-        self._closing = False
+        self._waiters = Waiters()
 
     @classmethod
     async def open(cls, directory: Path, options: StoreOptions | None = None) -> Self:
@@ -295,7 +294,7 @@ class Store:
         if self._writer is None:
             if self.read_only:
                 raise ReadOnly("the volume can only be read, nothing was written: see to the disk")
-            if self._closing:
+            if self._waiters.ended:
                 raise Stopping("the store is closed, nothing was written: try again in a moment")
             raise StoreAway("the store is not open just now, nothing was written: try again in a moment")
         return self._writer
@@ -335,24 +334,15 @@ class Store:
 
     async def wait_beyond(self, revision: Revision, timeout_s: float) -> bool:
         """Wait until the head is beyond *revision*, at most *timeout_s*. Return whether it is."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                interrupts = self._interrupts
-                while self.head <= revision and self._interrupts == interrupts and not self._closing:
-                    await self._advanced.wait()
-        except TimeoutError:
-            pass
-        return self.head > revision
+        return await self._waiters.until(lambda: self.head > revision, timeout_s)
 
     def interrupt_waiting(self) -> None:
         """Let every `wait_beyond` return that has begun: there is something else to say."""
-        self._interrupts += 1
-        self._wake()
+        self._waiters.interrupt()
 
     def stop_waiting(self) -> None:
         """Let every `wait_beyond` return at once, from now on."""
-        self._closing = True
-        self._wake()
+        self._waiters.end()
 
     async def check(self) -> CheckReport:
         """Verify every invariant of the schema. Takes seconds a million changes; reads and writes go on."""
@@ -407,8 +397,7 @@ class Store:
     def _wake(self) -> None:
         if self._session:
             self._session.unpin()  # though nobody may read for a long time: a snapshot that is held lets the WAL grow
-        self._advanced.set()
-        self._advanced = asyncio.Event()
+        self._waiters.wake()
 
 
 async def _whole(work: Coroutine[Any, Any, T]) -> T:

@@ -8,6 +8,7 @@ from pathlib import Path
 from cluster import Node, eventually
 from mehdb.store import raise_epoch
 from scenes import DATABASE, Scene, copy, flip, grow, kept, mehdb, never_wiped, rows
+from volumes import MIB, tmpfs
 
 SMALL_WINDOW = {"MEHDB_RETAIN_CHANGES": "5", "MEHDB_SNAPSHOT_LAG": "50"}
 COMPACTED = 200  # changes that leave a store with such a window without those before them
@@ -164,6 +165,18 @@ def test_the_only_holder_of_more_is_damaged_and_the_leader_says_what_to_do(tmp_p
         status = stage.equal()
         assert 3 <= status.revision < 303
         assert len(kept(follower.volume, "abandoned")) == 1
+
+
+def test_an_empty_leader_without_room_for_all_that_a_peer_holds_says_so(tmp_path: Path) -> None:
+    directory = tmp_path / "scene"
+    with tmpfs(directory / "mehdb-0", 2 * MIB), never_wiped(directory) as stage:
+        grow(stage.followers[0].volume, 20_000)
+        stage.note()
+        stage.start(*stage.followers)
+        stage.start(stage.leader)
+        status = stage.until(stage.leader, "recovering", "does not fit on this volume: make room or enlarge it")
+        assert "epoch" not in (status.reason or "")
+        stage.nothing_is_gone()
 
 
 # Epochs.

@@ -1,10 +1,14 @@
-"""A StatefulSet that starts anew, where a pod's name does not resolve before the pod is ready."""
+"""What pods are in: names that do not resolve before the pod is ready, signals from the first moment on."""
 
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import Cluster, Node, eventually, free_port
+from cluster import DEADLINE_S, Cluster, Node, clean_environment, eventually, free_port
 
 LEADER, FOLLOWER = "127.0.0.2", "127.0.0.1"  # whoever connects to the first, comes from the second
 
@@ -48,3 +52,25 @@ def test_a_leader_that_lost_its_volume_finds_a_follower_that_has_no_name_yet(clu
     assert cluster.converge() == before
     leader.put("k", b"w")
     cluster.converge()
+
+
+def heeds(pid: int, number: signal.Signals) -> bool:
+    """Return whether a process has said what a signal does to it."""
+    status = Path("/proc", str(pid), "status").read_text()
+    masks = re.findall(r"^Sig(?:Ign|Cgt):\t([0-9a-f]+)$", status, re.MULTILINE)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
+def test_signals_count_before_a_node_is_loaded(tmp_path: Path) -> None:
+    """A container's first process has no default handlers: the kernel would pass over a SIGTERM that comes early."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "mehdb", "serve", "--host", "early", "--port", str(free_port()), "--data-dir", tmp_path],
+        env=clean_environment(), stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        eventually(lambda: heeds(process.pid, signal.SIGUSR1), "the process to heed signals")
+        process.send_signal(signal.SIGUSR1)
+        eventually(lambda: heeds(process.pid, signal.SIGTERM), "the process to heed signals")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()

@@ -7,6 +7,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from time import monotonic
 
 import apsw
 import pytest
@@ -167,6 +168,15 @@ async def test_a_volume_short_of_room_lets_go_of_what_the_window_retains(writer:
     assert writer.meta.head == 200
     room.free = 1 << 40
     assert await ends_in(writer, Write(b"new", b"v")) is None
+
+
+async def test_between_one_and_two_reserves_a_follower_that_restarts_has_time(writer: Writer, room: VolumeOf) -> None:
+    room.free = RESERVE_BYTES * 3 // 2
+    end_s = monotonic() + 2.5 * SQUEEZE_SHORT_S
+    while monotonic() < end_s:
+        await writer.write(Write(b"old-0", b"v"))
+    assert not writer.short_of_room
+    assert writer.meta.floor == 0
 
 
 async def test_the_ballast_lets_deletions_through_a_volume_that_is_full_to_the_last_byte(
