@@ -1,5 +1,6 @@
 """Stores and disks for the tests of this folder."""
 
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from disk import Disk
 from mehdb.store import Store
-from stores import leading, opened
+from stores import RAM, leading, opened
 
 
 @pytest.fixture
@@ -35,6 +36,13 @@ async def follower(tmp_path: Path) -> AsyncIterator[Store]:
     """An open store that has seen no leader."""
     async with opened(tmp_path / "follower") as store:
         yield store
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A folder that no disk slows down, for thousands of stores that nobody needs for longer than a moment."""
+    with tempfile.TemporaryDirectory(dir=RAM if RAM.is_dir() else None, prefix="mehdb-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, product
@@ -35,6 +35,7 @@ HISTORY: Final = History("0123456789abcdef" * 2)
 KEYS: Final = 300
 RETAINED: Final = 200  # where a base is compacted
 CASE_S: Final = 30  # a case that takes longer hangs
+WAL_HEADER_BYTES: Final = 32
 FRAME_BYTES: Final = 24 + PAGE_SIZE
 INDEX_PAGES: Final = (2, 10)  # the first byte of an inner page, and of a leaf; https://sqlite.org/fileformat.html
 BASES: Final = ("closed", "compacted", "killed", "backfilled", "restarted")
@@ -62,6 +63,11 @@ def writes() -> list[Write]:
     return [*sets, *deletions, *[Write(key_of(n), b"again %d" % n) for n in range(0, KEYS, 30)]]
 
 
+def live_writes() -> list[Write]:
+    """Return what is written to a store that is damaged while it is open, so that there is something in its WAL."""
+    return [Write(key_of(n), b"live " + value_of(n)) for n in range(1, KEYS, 3)]
+
+
 @dataclass
 class Truth:
     """What every answer is compared with."""
@@ -79,10 +85,10 @@ class Truth:
             self.live[write.key] = change
 
 
-def truth() -> Truth:
-    """Return what all of `writes` come to."""
+def truth(*, live: bool = False) -> Truth:
+    """Return what all of `writes` come to, and of `live_writes` where there were any."""
     known = Truth()
-    for write in writes():
+    for write in writes() + (live_writes() if live else []):
         known.take(write)
     return known
 
@@ -130,15 +136,21 @@ def flip_under_a_right_checksum(offset: int, bit: int, files: Files) -> None:
     files[DATABASE] = files[DATABASE][:start] + page[:-8] + checksum_of(page) + files[DATABASE][end:]
 
 
-def zero(name: str, offset: int, files: Files) -> None:
-    """Make a page nothing but zeros."""
-    end = min(offset + PAGE_SIZE, len(files[name]))
+def zero(name: str, offset: int, size_bytes: int, files: Files) -> None:
+    """Make a page, or a frame of the WAL, nothing but zeros."""
+    end = min(offset + size_bytes, len(files[name]))
     files[name] = files[name][:offset] + bytes(end - offset) + files[name][end:]
 
 
 def cut(name: str, size_bytes: int, files: Files) -> None:
     """Cut a file short."""
     files[name] = files[name][:size_bytes]
+
+
+def cut_live(name: str, sixteenths: int, unit_bytes: int, directory: Path) -> None:
+    """Cut a file of a store short while that is open."""
+    size_bytes = (directory / name).stat().st_size * sixteenths // 16
+    os.truncate(directory / name, size_bytes - size_bytes % unit_bytes)
 
 
 def fill(name: str, seed: int, files: Files) -> None:
@@ -156,12 +168,12 @@ def damages_to(kind: str, files: Files) -> Iterator[Damage]:
     """Yield damages to *files* without end: first each page, and each bit of what SQLite looks at first."""
     chance = random.Random(kind)
     for offset in range(0, len(files[DATABASE]), PAGE_SIZE):
-        yield partial(zero, DATABASE, offset)
+        yield partial(zero, DATABASE, offset, PAGE_SIZE)
     if kind == "closed":
         for offset, bit in product(range(100), range(8)):
             yield partial(flip, DATABASE, offset, bit)
     if kind == "restarted":
-        for offset, bit in product(range(32 + 24), range(8)):  # the WAL's header, and its first frame's
+        for offset, bit in product(range(WAL_HEADER_BYTES + 24), range(8)):  # the WAL's header, and its first frame's
             yield partial(flip, WAL, offset, bit)
     while True:
         yield anything(files, chance)
@@ -171,13 +183,14 @@ def anything(files: Files, chance: random.Random) -> Damage:
     """Return a damage anywhere."""
     name = chance.choice([name for name in (DATABASE, WAL) if files.get(name)])
     offset = chance.randrange(len(files[name]))
+    frame = offset - offset % FRAME_BYTES + WAL_HEADER_BYTES
     other = chance.randrange(len(files[DATABASE]))
     kinds: list[Damage] = [
         *[partial(flip, name, offset, chance.randrange(8))] * 8,
-        partial(zero, name, offset - offset % 512),
+        partial(zero, name, offset - offset % 512, PAGE_SIZE),
         partial(cut, name, offset),
         partial(cut, name, offset - offset % PAGE_SIZE),
-        partial(cut, WAL, offset - offset % FRAME_BYTES + 32) if name == WAL else partial(cut, name, offset - 1),
+        partial(cut, WAL, frame) if name == WAL else partial(cut, name, offset - 1),
         partial(both, partial(flip, name, offset, 0), partial(flip, DATABASE, other, 7)),
         partial(both, partial(flip, DATABASE, other, 3), partial(cut, name, offset)),
     ]
@@ -186,11 +199,21 @@ def anything(files: Files, chance: random.Random) -> Damage:
     return chance.choice(kinds)
 
 
+def frame_by_frame(_kind: str, files: Files) -> Iterator[Damage]:
+    """Yield the loss of each frame of the WAL, its end at each and within each, and flips in the -shm alone."""
+    for start in range(WAL_HEADER_BYTES, len(files[WAL]), FRAME_BYTES):
+        yield partial(zero, WAL, start, FRAME_BYTES)
+        yield partial(cut, WAL, start)
+        yield partial(cut, WAL, start + FRAME_BYTES // 2)
+    for offset in range(0, len(files[SHM_NAME]), 509):  # a prime: no two in the same place of their page
+        yield partial(flip, SHM_NAME, offset, offset % 8)
+
+
 def flips_of_frames(_kind: str, files: Files) -> Iterator[Damage]:
     """Yield flips in the WAL alone."""
     chance = random.Random(1)
     while True:
-        yield partial(flip, WAL, chance.randrange(32, len(files[WAL])), chance.randrange(8))
+        yield partial(flip, WAL, chance.randrange(WAL_HEADER_BYTES, len(files[WAL])), chance.randrange(8))
 
 
 def flips_of_pages(_kind: str, files: Files) -> Iterator[Damage]:
@@ -201,6 +224,12 @@ def flips_of_pages(_kind: str, files: Files) -> Iterator[Damage]:
         yield partial(
             flip_under_a_right_checksum, chance.choice(pages) + chance.randrange(PAGE_SIZE - 8), chance.randrange(8)
         )
+
+
+def cuts_of_live_files(_kind: str, _files: Files) -> Iterator[Damage]:
+    """Yield cuts anywhere in the files of an open store, but none to nothing: a node that finds that one ends."""
+    for name, sixteenths, unit_bytes in product((DATABASE, WAL), range(1, 16), (1, PAGE_SIZE)):
+        yield partial(cut_live, name, sixteenths, unit_bytes)
 
 
 # What the node answers.
@@ -258,13 +287,13 @@ class Answers:
                 self.wrong.append(f"{what}: {str(found)[:80]}, not {str(expected)[:80]}")
 
 
-async def examine(directory: Path, kind: str) -> dict[str, object]:
+async def examine(directory: Path, kind: str, known: Callable[[], Truth] = truth) -> dict[str, object]:
     """Open the store in *directory* as a node does, and say what came of it."""
     try:
         store = await Store.open(directory, StoreOptions(disk_reserve_bytes=0))
     except MehdbError as error:
         return {"refused": type(error).__name__}
-    answers = Answers(store, truth())
+    answers = Answers(store, known())
     try:
         await answers.compare(kind)
         await answers.write()
@@ -274,7 +303,34 @@ async def examine(directory: Path, kind: str) -> dict[str, object]:
     return {"wrong": answers.wrong, "unexpected": answers.unexpected, "errors": answers.errors.total()}
 
 
-SORTS: Final = {"anywhere": damages_to, "frames": flips_of_frames, "pages": flips_of_pages}
+async def examine_live(directory: Path, damage: Damage) -> dict[str, object]:
+    """Do a damage to the store in *directory* while it is open and in use. Say what came of it, then and later."""
+    store = await Store.open(directory, StoreOptions(disk_reserve_bytes=0))
+    answers = Answers(store, truth())
+    try:
+        for write in live_writes():
+            await store.write(write)
+            answers.known.take(write)
+        await answers.compare("live")
+        assert (answers.wrong, answers.unexpected, answers.errors.total()) == ([], [], 0)
+        damage(directory)
+        await answers.compare("live")
+        await answers.write()
+        await answers.compare("live")
+    finally:
+        await store.close()
+    later = await examine(directory, "live", lambda: answers.known)
+    found = {"wrong": answers.wrong, "unexpected": answers.unexpected, "errors": answers.errors.total()}
+    return later | {name: some + later.get(name, type(some)()) for name, some in found.items()}
+
+
+SORTS: Final = {
+    "anywhere": damages_to,
+    "frame by frame": frame_by_frame,
+    "frames": flips_of_frames,
+    "live": cuts_of_live_files,
+    "pages": flips_of_pages,
+}
 
 
 def seen(damage: Damage) -> str:
@@ -290,11 +346,14 @@ def work(base: Path, sort: str, first: int, last: int, without_mark: bool) -> No
         del files[MARK]
     for number, damage in enumerate(islice(SORTS[sort](base.name, files), first, last), start=first):
         damaged = dict(files)
-        damage(damaged)
-        with tempfile.TemporaryDirectory(dir=base.parent) as directory:
-            for name, data in damaged.items():
-                Path(directory, name).write_bytes(data)
-            found = asyncio.run(asyncio.wait_for(examine(Path(directory), base.name), CASE_S))
+        if sort != "live":
+            damage(damaged)
+        with tempfile.TemporaryDirectory(dir=base.parent) as name:
+            directory = Path(name)
+            for file, data in damaged.items():
+                (directory / file).write_bytes(data)
+            case = examine_live(directory, damage) if sort == "live" else examine(directory, base.name)
+            found = asyncio.run(asyncio.wait_for(case, CASE_S))
         print(json.dumps({"case": number, "damage": seen(damage)} | found), flush=True)
 
 
@@ -302,6 +361,9 @@ if __name__ == "__main__":
     logging.disable()
     if sys.argv[1] == "make":
         make_base(sys.argv[2], Path(sys.argv[3]))
+    elif sys.argv[1] == "live":
+        without_end = partial(cut_live, SHM_NAME, int(sys.argv[3]), 1)
+        print(json.dumps(asyncio.run(examine_live(Path(sys.argv[2]), without_end))))
     else:
         _, _, base_name, sort_name, first_case, last_case, marked = sys.argv
         work(Path(base_name), sort_name, int(first_case), int(last_case), marked == "without mark")

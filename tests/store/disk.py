@@ -8,7 +8,7 @@ page checksums go on top of whatever was the default when they were first asked 
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -16,6 +16,10 @@ import apsw
 
 DATABASE, WAL = "store.db", "store.db-wal"
 HOLD_S = 30  # a test that forgot to release fails instead of hanging
+
+
+class Lie(Exception):
+    """What a disk raises before an operation that it does not do, for SQLite to be told that it was done."""
 
 
 class Disk:
@@ -51,20 +55,29 @@ class Disk:
             self._released.set()
 
     def fail_next(self, operation: str, file: str, error: Exception, times: int = 1) -> None:
-        """Let the next *operation*, "write" or "sync", on *file* fail, and those after it succeed again."""
+        """Let the next *operation* on *file* fail, and those after it succeed again.
+
+        It is "write", "sync", "truncate" or "delete".
+        """
         self._errors[operation, file] = [error] * times
 
     def after_power_loss(self, directory: Path) -> Path:
         """Write into *directory* what a power loss at this moment leaves: what was synced, and nothing more."""
         directory.mkdir()
-        for name, data in self._durable.items():
+        for name, data in list(self._durable.items()):  # at one moment: a writer may go on
             (directory / name).write_bytes(data)
         return directory
 
     # What SQLite does. An exception is its error.
 
     def opened(self, file: str) -> None:
-        """Take note of *file*, which may be new."""
+        """Take note of *file*, which may be new. A store gets its name when it is whole, and synced under another."""
+        if new := self._durable.pop(f"{file}.new", None):
+            self._durable[file] = new
+
+    def before_delete(self, file: str) -> None:
+        """Raise what was set to fail."""
+        self._fail("delete", file)
 
     def deleted(self, file: str) -> None:
         """Take note that *file* has gone."""
@@ -76,6 +89,10 @@ class Disk:
 
     def wrote(self, file: str, offset: int, data: bytes) -> None:
         """Take note of what *file* holds now, if the power stays."""
+
+    def before_truncate(self, file: str) -> None:
+        """Raise what was set to fail."""
+        self._fail("truncate", file)
 
     def truncated(self, file: str, size_bytes: int) -> None:
         """Take note of how long *file* is now, if the power stays."""
@@ -110,9 +127,13 @@ class _Volumes(apsw.VFS):
 
     def xDelete(self, name: str, sync_directory: bool) -> None:  # noqa: N802  SQLite's name
         """Delete a file of SQLite's."""
-        super().xDelete(name, sync_directory)
-        if self.disk is not None:
-            self.disk.deleted(Path(name).name)
+        file = Path(name).name
+        with suppress(Lie):
+            if self.disk is not None:
+                self.disk.before_delete(file)
+            super().xDelete(name, sync_directory)
+            if self.disk is not None:
+                self.disk.deleted(file)
 
 
 class _File(apsw.VFSFile):
@@ -135,19 +156,23 @@ class _FileOnDisk(_File):
         disk.opened(self._name)
 
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802  SQLite's name
-        self._disk.before_write(self._name)
-        super().xWrite(data, offset)
-        self._disk.wrote(self._name, offset, data)
+        with suppress(Lie):
+            self._disk.before_write(self._name)
+            super().xWrite(data, offset)
+            self._disk.wrote(self._name, offset, data)
 
     def xTruncate(self, size_bytes: int) -> None:  # noqa: N802  SQLite's name
-        super().xTruncate(size_bytes)
-        self._disk.truncated(self._name, size_bytes)
+        with suppress(Lie):
+            self._disk.before_truncate(self._name)
+            super().xTruncate(size_bytes)
+            self._disk.truncated(self._name, size_bytes)
 
     def xSync(self, flags: int) -> None:  # noqa: N802  SQLite's name
-        self._disk.before_sync(self._name)
-        super().xSync(flags)
-        # Read through SQLite: to open and close the file beside it would drop the process's locks on it.
-        self._disk.synced(self._name, self._all)
+        with suppress(Lie):
+            self._disk.before_sync(self._name)
+            super().xSync(flags)
+            # Read through SQLite: to open and close the file beside it would drop the process's locks on it.
+            self._disk.synced(self._name, self._all)
 
     def _all(self) -> bytes:
         size_bytes = super().xFileSize()

@@ -147,6 +147,11 @@ class Image(NamedTuple):
     acknowledged: int
     label: str
 
+    @property
+    def fingerprint(self) -> int:
+        """What images have in common that nothing tells apart: the same files, when as much had been acknowledged."""
+        return hash((self.acknowledged, *sorted(self.files.items())))
+
     def write(self, directory: Path) -> None:
         """Put the files into *directory*, which is made."""
         directory.mkdir()

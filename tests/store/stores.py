@@ -6,20 +6,22 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import apsw
 
 from disk import Disk
-from mehdb.model import GENESIS, Chain, Change, Epoch, Page, Position, Revision
+from mehdb.model import GENESIS, Chain, Change, Epoch, History, Page, Position, Revision
 from mehdb.store import Store, StoreOptions, Write
 from mehdb.store.check import check
 from mehdb.store.schema import CHECKSUM_BYTES, PAGE_SIZE, open_reader, use_page_checksums
 
 TABLES = ("meta", "entry", "change")
+HISTORY: Final = History("0123456789abcdef" * 2)
+RAM: Final = Path("/dev/shm")  # noqa: S108  no file of these is worth a disk
 
 
 @asynccontextmanager
@@ -89,6 +91,17 @@ def chain_anew(changes: list[Change]) -> Chain:
     for change in changes:
         _, chain = seal_anew(chain, change)
     return chain
+
+
+def pages_of(changes: Sequence[Change], count: int) -> list[Page]:
+    """Return *changes*, which start at revision 1, as a leader hands them on: *count* to a page."""
+    pages, chain = [], GENESIS
+    for start in range(0, len(changes), count):
+        some = tuple(changes[start : start + count])
+        for change in some:
+            _, chain = seal_anew(chain, change)
+        pages.append(Page(HISTORY, Epoch(1), Revision(start), chain, some))
+    return pages
 
 
 def sql(directory: Path, statements: str, bindings: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

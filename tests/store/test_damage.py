@@ -45,6 +45,13 @@ def flip(directory: Path, offset: int, bit: int = 0, *, right_checksum: bool = T
     rewrite(directory, place, bytes([data[place] ^ 1 << bit]), right_checksum=right_checksum)
 
 
+async def read_log(store: Store) -> None:
+    """Read page after page, as a follower does: the one before a damage ends there."""
+    position = Position()
+    while page := await store.page_after(position):
+        position = page.end
+
+
 @pytest.mark.parametrize("bit", [0, 7])
 @pytest.mark.parametrize(
     "offset",
@@ -64,7 +71,7 @@ async def test_a_flipped_bit_is_never_served(to_damage: Path, offset: int, bit: 
         with pytest.raises(DamagedRow, match="read another node"):
             await store.get(KEY)
         with pytest.raises(DamagedRow, match="revision 2 is damaged"):
-            await store.page_after(Position())
+            await read_log(store)
         problems = (await store.check()).problems
         assert [line for line in problems if line.startswith("revision 2: the CRC")]
         for key, value in [(b"before", b"1"), (b"after", b"3")]:  # the others are as good as ever
@@ -125,7 +132,7 @@ async def test_a_damaged_row_can_be_written_anew(to_damage: Path) -> None:
         assert change is not None
         assert change.value == b"new"
         with pytest.raises(DamagedRow):  # the log still holds the damage
-            await store.page_after(Position())
+            await read_log(store)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +183,7 @@ async def test_a_torn_page_of_the_file_is_never_served(directory: Path) -> None:
         with pytest.raises(DamagedRow):
             await store.get(b"key-100")
         with pytest.raises(DamagedRow):
-            await store.page_after(Position())
+            await read_log(store)
         change = await store.get(b"key-000")
         assert change is not None
         assert change.value == b"value" * 50

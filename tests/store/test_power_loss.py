@@ -1,14 +1,16 @@
-"""Every acknowledged write survives a power loss at any moment.
+"""Every acknowledged write survives a power loss at any moment, on a leader and on a follower.
 
 A real run of the store is recorded: every write, truncation, sync and deletion, and every acknowledgement in between.
 From that every image is built that a power loss may leave, each is opened as a node would, and compared with the past.
+What a follower acknowledges are pages: its next request, behind one that it has applied, says that this is durable.
 """
 
 import asyncio
 import random
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -17,22 +19,31 @@ import pytest
 
 from disk import DATABASE, WAL
 from mehdb.errors import KeyNotFound, MehdbError
-from mehdb.model import Change
+from mehdb.model import ORIGIN, Change
 from mehdb.store import Store, StoreOptions, Write
+from mehdb.store.log import decide
 from power import Event, Image, Kind, Recorder, Replay, without_sync_at_commit
-from stores import leading, sql, tables_of
+from stores import RAM, leading, opened, pages_of, sql, tables_of
 
-RAM: Final = Path("/dev/shm")  # noqa: S108  thousands of images that nobody needs for longer than a moment
 WRITERS: Final = 6
+KEYS: Final = 25
+CHECKPOINTS: Final = 3  # in each life
+PAGE_CHANGES: Final = 4
+RUNS_MAX: Final = 12  # how a run's writes fall into transactions is chance, and with that how many images it has
 OPTIONS: Final = {"retain_changes": 60, "disk_reserve_bytes": 0}
+Live = Callable[[Recorder, Path, int, int, int], Awaitable[None]]
+
+
+def value_from(chance: random.Random, name: int, n: int) -> bytes | None:
+    """Return what is written: mostly little, a deletion one time in five."""
+    size_bytes = chance.choice([0, 10, 10, 100, 100, 700, 9000])
+    return None if chance.random() < 0.2 else (b"%d-%d " % (name, n) * size_bytes)[:size_bytes]
 
 
 async def write_on(store: Store, recorder: Recorder, name: int, chance: random.Random, count: int) -> None:
     """Write, overwrite and delete, and note each acknowledgement."""
     for n in range(count):
-        key = b"key-%d" % chance.randrange(25)
-        size_bytes = chance.choice([0, 10, 10, 100, 100, 700, 9000])
-        value = None if chance.random() < 0.2 else (b"%d-%d " % (name, n) * size_bytes)[:size_bytes]
+        key, value = b"key-%d" % chance.randrange(KEYS), value_from(chance, name, n)
         try:
             revision = await store.write(Write(key, value))
         except KeyNotFound:
@@ -41,14 +52,31 @@ async def write_on(store: Store, recorder: Recorder, name: int, chance: random.R
         recorder.acknowledged(Change(revision, key, value, None))
 
 
-async def live(recorder: Recorder, directory: Path, seed: int, lives: int, count: int) -> None:
-    """Let a store live: several writers, group commits, checkpoints, compaction, and one opening after the other."""
+async def lead(recorder: Recorder, directory: Path, seed: int, lives: int, count: int) -> None:
+    """Let a leader live: several writers, group commits, checkpoints, compaction, and one opening after the other."""
     chance = random.Random(seed)
     for _ in range(lives):
         async with leading(directory, **OPTIONS) as store:
-            for _ in range(3):
+            for _ in range(CHECKPOINTS):
                 writers = [random.Random(chance.random()) for _ in range(WRITERS)]
                 await asyncio.gather(*[write_on(store, recorder, n, w, count) for n, w in enumerate(writers)])
+                checkpoint(directory)
+
+
+async def follow(recorder: Recorder, directory: Path, seed: int, lives: int, count: int) -> None:
+    """Let a follower live in the same way: of each page it acknowledges the changes once it has applied it."""
+    chance = random.Random(seed)
+    numbers = range(lives * CHECKPOINTS * count * PAGE_CHANGES)
+    writes = [Write(b"key-%d" % chance.randrange(KEYS), value_from(chance, seed, n)) for n in numbers]
+    _, changes = decide(writes, set(), ORIGIN)
+    pages = iter(pages_of(changes, PAGE_CHANGES))
+    for _ in range(lives):
+        async with opened(directory, **OPTIONS) as store:
+            for _ in range(CHECKPOINTS):
+                for page in islice(pages, count):
+                    await store.apply(page)
+                    for change in page.changes:
+                        recorder.acknowledged(change)
                 checkpoint(directory)
 
 
@@ -91,7 +119,7 @@ class Verdict:
     """What came of many images."""
 
     past: Past
-    images: int = 0
+    seen: set[int] = field(default_factory=set)  # the images' fingerprints: those that are alike are examined once
     lost: set[int] = field(default_factory=set)  # revisions
     problems: list[str] = field(default_factory=list)
 
@@ -99,12 +127,14 @@ class Verdict:
         """Examine *images*, one after the other."""
         with tempfile.TemporaryDirectory(dir=RAM if RAM.is_dir() else None, prefix="mehdb-power-") as room:
             for image in images:
+                if image.fingerprint in self.seen:
+                    continue
+                self.seen.add(image.fingerprint)
                 with tempfile.TemporaryDirectory(dir=room) as directory:
                     await self.examine(image, Path(directory, "image"))
 
     async def examine(self, image: Image, directory: Path) -> None:
         """Open *image* in *directory* and compare it with the past."""
-        self.images += 1
         image.write(directory)
         told = self.past.told[: image.acknowledged]
         try:
@@ -132,7 +162,7 @@ class Verdict:
             self.problems.append(f"{label}: other keys are live at {head}")
 
 
-async def recorded(directory: Path, seed: int, lives: int, count: int) -> list[Event]:
+async def recorded(directory: Path, live: Live, seed: int, lives: int, count: int) -> list[Event]:
     """Return the events of a run."""
     with Recorder(directory) as recorder:
         await live(recorder, directory, seed, lives, count)
@@ -144,31 +174,38 @@ async def recorded(directory: Path, seed: int, lives: int, count: int) -> list[E
 
 
 @pytest.mark.parametrize(
-    ("lives", "count", "seeds"),
+    ("live", "lives", "count", "images"),
     [
-        pytest.param(4, 8, 1, id="short"),
-        pytest.param(6, 20, 1, marks=[pytest.mark.soak, pytest.mark.timeout(1800)], id="soak"),
+        pytest.param(lead, 3, 5, 6000, id="leader-short"),
+        pytest.param(follow, 3, 5, 1500, id="follower-short"),
+        pytest.param(lead, 6, 20, 15_000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)], id="leader-soak"),
+        pytest.param(follow, 6, 20, 10_000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)], id="follower-soak"),
     ],
 )
-async def test_every_acknowledged_write_survives_a_power_loss(
-    directory: Path, lives: int, count: int, seeds: int
+async def test_all_that_was_acknowledged_survives_a_power_loss(
+    tmp_path: Path, live: Live, lives: int, count: int, images: int
 ) -> None:
-    events = await recorded(directory, 1, lives, count)
-    past = Past.of(events)
-    verdict = Verdict(past)
-    for seed in range(seeds):
-        await verdict.examine_all(Replay(seed).images(events))
-    normal = Verdict(past)
-    await normal.examine_all(Replay(0).certain(without_sync_at_commit(events)))
+    seen: set[int] = set()
+    verdicts, normals = [], []
+    for seed in range(1, RUNS_MAX + 1):
+        events = await recorded(tmp_path / f"{seed}", live, seed, lives, count)
+        verdicts.append(Verdict(Past.of(events), seen))
+        await verdicts[-1].examine_all(Replay(seed).images(events))
+        normals.append(Verdict(Past.of(events)))
+        await normals[-1].examine_all(Replay(0).certain(without_sync_at_commit(events)))
+        if len(seen) >= images:
+            break
+    lost, lost_by_normal = (sum(len(verdict.lost) for verdict in some) for some in (verdicts, normals))
+    told = sum(len(verdict.past.told) for verdict in verdicts)
     print(
-        f"power loss: {verdict.images:,} images, {len(verdict.lost)} lost of {len(past.told)} acknowledged; "
-        f"without the commit's sync (NORMAL): {len(normal.lost)} lost"
+        f"power loss, {live.__name__}: {len(seen):,} different images, {lost} lost of {told} acknowledged; "
+        f"without the commit's sync (NORMAL): {lost_by_normal} lost"
     )
-    assert verdict.problems == []
-    assert verdict.lost == set()
-    assert verdict.images >= 5000
-    assert normal.problems == [], "what NORMAL leaves looks sound"
-    assert len(normal.lost) > len(past.told) / 10
+    assert [problem for verdict in verdicts for problem in verdict.problems] == []
+    assert lost == 0
+    assert len(seen) >= images
+    assert [problem for normal in normals for problem in normal.problems] == [], "what NORMAL leaves looks sound"
+    assert lost_by_normal > told / 10
 
 
 @pytest.mark.soak
@@ -188,9 +225,9 @@ async def test_a_power_loss_among_the_writers_own_checkpoints_loses_nothing(dire
     verdict = Verdict(Past.of(events))
     images = (i for i in Replay(8).images(events, 400) if int(i.label.split(",")[0]) in around or chance.random() < 0.3)
     await verdict.examine_all(images)
-    print(f"power loss, 16 MiB of WAL: {verdict.images:,} images, {len(verdict.lost)} lost")
+    print(f"power loss, 16 MiB of WAL: {len(verdict.seen):,} different images, {len(verdict.lost)} lost")
     assert (verdict.problems, verdict.lost) == ([], set())
-    assert verdict.images > 100
+    assert len(verdict.seen) > 100
 
 
 @pytest.mark.parametrize(
@@ -198,7 +235,7 @@ async def test_a_power_loss_among_the_writers_own_checkpoints_loses_nothing(dire
 )
 async def test_a_second_power_loss_in_the_recovery_from_the_first_loses_nothing(directory: Path, times: int) -> None:
     """What the first life wrote and did not sync may be there: once it is shown, it must stay."""
-    events = await recorded(directory, 2, 3, 6)
+    events = await recorded(directory, lead, 2, 3, 6)
     first = list(Replay(5).images(events))
     past, images, chance = Past.of(events), 0, random.Random(6)
     for n, image in enumerate(chance.sample([image for image in first if image.acknowledged], times)):
@@ -214,5 +251,5 @@ async def test_a_second_power_loss_in_the_recovery_from_the_first_loses_nothing(
         verdict = Verdict(Past.of(recorder.events, told, past.changes))
         await verdict.examine_all(Replay(n, image).images(recorder.events))
         assert (verdict.problems, verdict.lost) == ([], set())
-        images += verdict.images
-    print(f"second power loss: {images:,} images of {times} recoveries, 0 lost")
+        images += len(verdict.seen)
+    print(f"second power loss: {images:,} different images of {times} recoveries, 0 lost")
