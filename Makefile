@@ -14,7 +14,7 @@ test: .venv/installed  ## Run all tests: TESTS="-k name" for some
 	.venv/bin/pytest -m "not soak" $(TESTS)
 
 soak: .venv/installed  ## Run the proofs that take minutes
-	.venv/bin/pytest -m soak -rA --no-header -q $(TESTS)
+	.venv/bin/pytest -m soak --no-header -q $(TESTS)
 
 check: .venv/installed  ## Lint, format, types, layers
 	.venv/bin/ruff check

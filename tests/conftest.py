@@ -23,3 +23,12 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
     finally:
         nodes.discard()
     await nodes.check()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what the proofs have found: the last line that each test has printed, which pytest keeps to itself."""
+    proofs = [report for report in terminalreporter.getreports("passed") if report.capstdout.strip()]
+    if proofs:
+        terminalreporter.section("proofs")
+    for report in proofs:
+        terminalreporter.line(f"{report.capstdout.splitlines()[-1]} ({report.head_line})")

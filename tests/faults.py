@@ -152,10 +152,14 @@ class Proxy:
         task.add_done_callback(self.tasks.discard)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.spawn(asyncio.create_task(self._serve(_Connection(self, reader, writer))))
+        if self._server is None:  # it came just before nobody listened any more
+            writer.transport.abort()
+            return
+        connection = _Connection(self, reader, writer)
+        self._connections.add(connection)
+        self.spawn(asyncio.create_task(self._serve(connection)))
 
     async def _serve(self, connection: "_Connection") -> None:
-        self._connections.add(connection)
         try:
             with contextlib.suppress(OSError):
                 await connection.run()
@@ -171,6 +175,8 @@ class Proxy:
     async def close(self) -> None:
         """End everything."""
         self._close()
+        for connection in tuple(self._connections):  # a task that is cancelled before it has begun closes nothing
+            connection.end()
         tasks = list(self.tasks)
         for task in tasks:
             task.cancel()

@@ -7,7 +7,9 @@ all that any of them held must be in the nodes' stores, or in the folders beside
 import asyncio
 import contextlib
 import hashlib
+import inspect
 import itertools
+import os
 import re
 import shutil
 import signal
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import apsw
+import msgspec
+import pytest
 
 from cluster import DEADLINE_S, Cluster, Node, clean_environment, eventually
 from mehdb.model import Epoch, NodeStatus
@@ -32,6 +36,13 @@ LIVE: Final = """
     SELECT meta.history, change.revision, change.chain, change.key, change.value
     FROM meta, entry JOIN change USING (revision)
     WHERE change.key = entry.key AND substr(entry.key, 1, 3) <> CAST('hot' AS BLOB)"""
+CONTENTS: Final = (
+    "SELECT history, epoch, head, chain, keys FROM meta",
+    "SELECT * FROM entry ORDER BY key",
+    """SELECT * FROM change WHERE revision > :floor OR EXISTS (
+        SELECT 1 FROM entry WHERE entry.key = change.key AND entry.revision = change.revision) ORDER BY revision""",
+)
+BUSY_TIMEOUT_MS: Final = 5000  # a node that starts has the store for itself for a moment
 proven: Final[list[Path]] = []
 """The scenes of promise 4 in which nothing was lost."""
 _values = itertools.count(1)  # no value is written twice: a fork's are others
@@ -58,6 +69,30 @@ def rows(directory: Path) -> set[Row]:
                 shutil.copy(directory / name, copy)
         with contextlib.closing(apsw.Connection(f"{copy}/{DATABASE}")) as connection:
             return {Row(*row) for row in connection.execute(LIVE)}
+
+
+def opened(volume: Path) -> apsw.Connection:
+    """Return a connection that only reads the store on *volume*, also while a process has it."""
+    connection = apsw.Connection(str(volume / DATABASE), flags=apsw.SQLITE_OPEN_READONLY)
+    connection.set_busy_timeout(BUSY_TIMEOUT_MS)
+    return connection
+
+
+def chains(volume: Path, after: int = 0) -> dict[int, str]:
+    """Return the chain at each revision after *after* that the store on *volume* still has."""
+    with contextlib.closing(opened(volume)) as connection:
+        found = connection.execute("SELECT revision, chain FROM change WHERE revision > ? ORDER BY revision", (after,))
+        return {revision: chain.hex() for revision, chain in found}
+
+
+def contents(volume: Path, floor: int = 0) -> str:
+    """Return a hash over every row of the store on *volume*, but for what was superseded up to *floor*."""
+    digest = hashlib.blake2b()
+    with contextlib.closing(opened(volume)) as connection, connection:  # one state of it
+        for query in CONTENTS:
+            for row in connection.execute(query, {"floor": floor}):
+                digest.update(msgspec.msgpack.encode(row))
+    return digest.hexdigest()
 
 
 def kept(volume: Path, reason: str = "*") -> list[Path]:
@@ -110,6 +145,32 @@ def flip(path: Path, offset: int, bit: int = 0x10) -> None:
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ bit]))
+
+
+# What else becomes of a store's file.
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(os.urandom(path.stat().st_size))
+
+
+def nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def torn(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2 + 100)
+
+
+def broken_header(path: Path) -> None:
+    flip(path, 18)
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+DAMAGES: Final = [nothing, gone, *(pytest.param(one, marks=pytest.mark.soak) for one in (garbage, torn, broken_header))]
 
 
 def suspend(node: Node) -> None:
@@ -179,6 +240,13 @@ class Scene:
             error.add_note(f"it says {node.status().reason!r}; its log:\n{node.log}")
             raise
 
+    def diverged_and_whole(self, follower: Node) -> None:
+        """Expect *follower* to keep what it holds and to say that it is diverged."""
+        self.until(follower, "diverged", "this node keeps its data")
+        assert follower.get("/readyz").status_code == 503
+        own = rows(follower.volume)
+        assert {follower.get(f"/get/{row.key.decode()}").content for row in own} == {row.value for row in own}
+
     def equal(self) -> NodeStatus:
         """Wait until all that run are ready and in one position, and the leader knows. Return its status."""
         for node in self.cluster.nodes:
@@ -232,3 +300,10 @@ def never_wiped(directory: Path, replicas: int = 2, **environment: str) -> Itera
     with scene(directory, replicas, **environment) as stage:
         yield stage
     proven.append(directory)
+
+
+def scenes_in(test: pytest.Function) -> int:
+    """Return in how many scenes that count *test* acts: its source has one block for each."""
+    if vars(test.module).get("never_wiped") is not never_wiped:
+        return 0
+    return inspect.getsource(test.function).count("never_wiped(")

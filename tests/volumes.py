@@ -1,17 +1,26 @@
-"""Small volumes of their own for tests that fill them, or make them read-only. They need root, and mounts."""
+"""Small volumes of their own for tests that fill them, or make them read-only. They need root, and mounts.
+
+On a developer's machine without these the tests are skipped. In CI (`CI` is set) they fail: they would prove nothing.
+"""
 
 import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import pytest
 
 MIB: Final = 1 << 20
 MOUNT_TIMEOUT_S: Final = 10
 FOREIGN: Final = "foreign"  # a file on the volume that is none of ours
+
+
+def _unavailable(why: str) -> NoReturn:
+    if os.environ.get("CI"):
+        pytest.fail(f"CI needs volumes of its own: {why}")
+    pytest.skip(why)
 
 
 def _mount(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -23,10 +32,10 @@ def tmpfs(path: Path, size_bytes: int) -> Iterator[Path]:
     """Have a file system in memory at *path*. Without the right to mount one, the test is skipped."""
     path.mkdir(parents=True)
     if os.geteuid() != 0:
-        pytest.skip("only root can mount a volume")
+        _unavailable("only root can mount a volume")
     mounted = _mount("mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(path))
     if mounted.returncode != 0:
-        pytest.skip(f"no volume can be mounted here: {mounted.stderr.strip()}")
+        _unavailable(f"no volume can be mounted here: {mounted.stderr.strip()}")
     try:
         yield path
     finally:
@@ -38,7 +47,7 @@ def ext4(path: Path, size_bytes: int) -> Iterator[Path]:
     """Have a file system on a loop device at *path*, as on a real disk. Where that cannot be, the test is skipped."""
     path.mkdir(parents=True)
     if os.geteuid() != 0:
-        pytest.skip("only root can mount a volume")
+        _unavailable("only root can mount a volume")
     image = path.with_suffix(".img")
     with image.open("wb") as file:
         file.truncate(size_bytes)
@@ -46,9 +55,9 @@ def ext4(path: Path, size_bytes: int) -> Iterator[Path]:
         made = _mount("mkfs.ext4", "-q", "-F", "-m", "0", str(image))
         mounted = _mount("mount", "-o", "loop", str(image), str(path))
     except FileNotFoundError as error:
-        pytest.skip(f"no ext4 can be made here: {error}")
+        _unavailable(f"no ext4 can be made here: {error}")
     if made.returncode or mounted.returncode:
-        pytest.skip(f"no ext4 can be mounted here: {made.stderr.strip()} {mounted.stderr.strip()}")
+        _unavailable(f"no ext4 can be mounted here: {made.stderr.strip()} {mounted.stderr.strip()}")
     try:
         yield path
     finally:

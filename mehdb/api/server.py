@@ -91,7 +91,9 @@ class ApiServer(web.Server):
                     return connection
             if again:
                 waiting = [(so_far, one) for one in self._open if one is not newest and (so_far := one.patience)]
-                self._picked = heapq.nsmallest(PICKED_AT_ONCE, waiting, key=itemgetter(0))[::-1]
+                # A request under way is closed only where nothing else is: never one that was picked beforehand.
+                idle = [pair for pair in waiting if not pair[0].in_request]
+                self._picked = heapq.nsmallest(PICKED_AT_ONCE if idle else 1, idle or waiting, key=itemgetter(0))[::-1]
         return newest
 
     def _tell_crowd(self) -> None:

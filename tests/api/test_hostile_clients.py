@@ -7,29 +7,34 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Final
 
+import apsw
 import pytest
 
 from cluster import Cluster, Node, clean_environment, eventually
 from wire import Connection, ask, lines, request
 
 MIB: Final = 1 << 20
+PROBES: Final = ("/readyz", "/livez")
 PROBE_S_MAX: Final = 1.0  # the promise, and the timeout of a probe if a manifest sets none
 FEW: Final = 16  # the smallest --max-connections
 CLOCK_TICK_S: Final = 0.01  # more than one
 HEADER_TIMEOUT_S: Final = 1.0
 HEADERS: Final = 40  # each is fine, and so is their number
 DESCRIPTORS: Final = 200
+LOCKED_S: Final = 8
 
 SLOW: Final = 500
-TIMEOUT_S: Final = 5  # for each of the three: all slow connections shall be there at once
+AT_ONCE_LEAST: Final = 490  # of them: the odd one may be gone before the last has come
+TIMEOUT_S: Final = 12  # for each of the three: so long all that have come stay, even on a busy machine
 QUEUE_BYTES: Final = 16 * MIB
 LARGE_BYTES: Final = 8 * MIB  # more than the kernel takes for a client that does not read
 SMALL_BYTES: Final = 60_000  # goes out in one piece with its head
+HALF_BYTES: Final = 200 << 10  # of each body: all together just below --queue-size, so that none is refused
 READERS: Final = min(32, (os.cpu_count() or 1) + 4)  # the threads of asyncio's executor
 # Bodies that arrive have a bound of --queue-size together, and so have large answers that leave. Beside these there is
 # what each thread reads (SQLite's copy, Python's, and what the allocator keeps of the last), and what each connection
@@ -49,7 +54,7 @@ HALF: Final = head("PUT", "/set/half", 4, Expect="100-continue")
 KINDS: Final = {
     "nothing": (b"", b""),
     "half a head, byte by byte": (b"GET /livez HTTP/1.1\r\nX: ", b"x" * 1000),
-    "half a body": (head("PUT", "/set/slow", MIB) + bytes(MIB // 4), b""),
+    "half a body": (head("PUT", "/set/slow", MIB) + bytes(HALF_BYTES), b""),
     "a body, byte by byte": (head("PUT", "/set/slow", 1000), bytes(1000)),
     "a question whose large answer it does not read": (head("GET", "/get/large"), b""),
     "many questions whose answers it does not read": (head("GET", "/get/small") * 100, b""),
@@ -66,8 +71,7 @@ class Crowd:
         self._stack = stack
         self._proc = Path(f"/proc/{node.process.pid}")
         self._trickles: list[tuple[Connection, Iterator[int]]] = []
-        self.probes_s: list[float] = []
-        self.peak_bytes = 0
+        self.probes_s: dict[str, list[float]] = {route: [] for route in PROBES}
 
     @property
     def sockets(self) -> int:
@@ -80,11 +84,21 @@ class Crowd:
 
     @property
     def resident_bytes(self) -> int:
-        return int((self._proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return self._memory_bytes("VmRSS")
 
     @property
-    def p99_s(self) -> float:
-        return sorted(self.probes_s)[len(self.probes_s) * 99 // 100]
+    def peak_bytes(self) -> int:
+        """The most that has ever been resident, as the kernel knows it."""
+        return self._memory_bytes("VmHWM")
+
+    def _memory_bytes(self, name: str) -> int:
+        match = re.search(rf"^{name}:\s+(\d+) kB", (self._proc / "status").read_text(), re.MULTILINE)
+        assert match is not None
+        return int(match[1]) << 10
+
+    def p99_s(self, route: str) -> float:
+        took_s = sorted(self.probes_s[route])
+        return took_s[len(took_s) * 99 // 100]
 
     def come(self, count: int) -> None:
         """Open that many connections, of all kinds in turn."""
@@ -107,11 +121,10 @@ class Crowd:
 
     def probe(self) -> None:
         """Ask as the kubelet does, on new connections."""
-        for route in ("/readyz", "/livez"):
+        for route, took_s in self.probes_s.items():
             started_s = monotonic()
             assert ask(self._node, "GET", route).status == 200
-            self.probes_s.append(monotonic() - started_s)
-        self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
+            took_s.append(monotonic() - started_s)
 
 
 def test_the_probes_answer_and_memory_is_bounded_under_500_slow_connections(cluster: Cluster) -> None:
@@ -128,17 +141,18 @@ def test_the_probes_answer_and_memory_is_bounded_under_500_slow_connections(clus
             return crowd.sockets <= sockets
 
         crowd.come(SLOW)
-        assert crowd.sockets > sockets + SLOW // 2, "at once"
+        eventually(lambda: crowd.sockets >= sockets + AT_ONCE_LEAST, "all of them to be open at once")
         # A body has a second for each 64 KiB beside.
         eventually(all_closed, "all slow connections to be closed", 5 * TIMEOUT_S)
         growth_bytes = crowd.peak_bytes - resident_bytes
-        assert crowd.p99_s < PROBE_S_MAX
+        assert all(crowd.p99_s(route) < PROBE_S_MAX for route in PROBES)
         assert growth_bytes < GROWTH_BYTES_MAX
         assert node.log == log, "no line for any of them"
+        took_s = crowd.probes_s["/readyz"]
         print(
-            f"hostile clients: {SLOW} slow connections, {len(crowd.probes_s)} probes, p99 {crowd.p99_s * 1000:.1f} ms, "
-            f"slowest {max(crowd.probes_s) * 1000:.1f} ms, memory +{growth_bytes / MIB:.0f} MiB "
-            f"(at most {GROWTH_BYTES_MAX / MIB:.0f})"
+            f"hostile clients: {SLOW} slow connections, {AT_ONCE_LEAST} at once, {len(took_s)} times /readyz: p99 "
+            f"{crowd.p99_s('/readyz') * 1000:.1f} ms, slowest {max(took_s) * 1000:.1f} ms, memory at its peak "
+            f"+{growth_bytes / MIB:.0f} MiB (at most {GROWTH_BYTES_MAX / MIB:.0f})"
         )
 
 
@@ -154,7 +168,7 @@ def test_probes_and_clients_get_through_when_there_are_more_connections_than_all
             assert ask(node, "PUT", f"/set/{number}", b"1").status == 200
             assert ask(node, "GET", f"/get/{number}").body == b"1"
             assert crowd.sockets <= sockets + 64 + FEW, "and a few that are being closed"
-        assert crowd.p99_s < PROBE_S_MAX
+        assert all(crowd.p99_s(route) < PROBE_S_MAX for route in PROBES)
         told = node.log.splitlines()[log_lines:]
         assert len(told) == 1, "once, not for each"
         assert "max_connections=64" in told[0]
@@ -193,7 +207,7 @@ def test_the_connection_that_has_waited_longest_makes_room(narrow: Node) -> None
         ask_all(others)
 
 
-def test_half_a_head_makes_room_and_a_request_under_way_does_not(narrow: Node) -> None:
+def test_half_a_head_makes_room_and_a_request_that_waits_for_a_change_does_not(narrow: Node) -> None:
     with ExitStack() as stack:
         waiting = stack.enter_context(Connection(narrow))
         waiting.send(POLL)
@@ -224,13 +238,18 @@ def test_half_a_body_makes_room_only_where_no_connection_is_idle(narrow: Node) -
 
 
 def test_a_new_connection_is_closed_at_once_where_requests_are_under_way_on_all_others(narrow: Node) -> None:
+    """Writes, each of which waits a second for a lock that somebody else holds."""
     with ExitStack() as stack:
+        other = stack.enter_context(closing(apsw.Connection(str(narrow.volume / "store.db"))))
+        other.execute("BEGIN IMMEDIATE")
         busy = [stack.enter_context(Connection(narrow)) for _ in range(FEW)]
         for connection in busy:
-            connection.send(request("GET", "/livez") + POLL)
-            assert connection.reply().status == 200, "so that the other request is there too"
+            connection.send(request("GET", "/livez") + request("PUT", "/set/key", b"1") * LOCKED_S)
+            assert connection.reply().status == 200, "so that the writes are there too"
+        begun_s = monotonic()
         for _ in range(3):
             assert stack.enter_context(Connection(narrow)).rest() == b""
+        assert monotonic() - begun_s < LOCKED_S / 2
         busy[0].socket.shutdown(socket.SHUT_RDWR)
         eventually(narrow.answers, "room for another")
 

@@ -9,23 +9,20 @@ import asyncio
 import contextlib
 import os
 import random
-import re
 import shutil
-import signal
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Final
 
-import apsw
 import httpx
 import pytest
 
 from cluster import ADDRESS, DEADLINE_S, Cluster, Node, eventually, free_port
 from fake_leader import soon
 from faults import Answer, Fault, Kind, Proxy, proxied
+from scenes import chains, resume, suspend
 
 SNAPSHOT_LAG: Final = 20  # who lacks more is sent for the snapshot
 OFFERS: Final = 3  # how often the old leader is heard in a round: the follower must refuse it again and again
@@ -44,6 +41,9 @@ class Way(StrEnum):
     LATE = "late"  # a long poll hung at the old leader when it stopped; its answer arrives when the new one is asked
 
 
+PAGED: Final = (Way.QUIET, Way.RESTARTED, Way.LATE)  # in the other ways, it is offered a refusal, or the snapshot
+
+
 @dataclass
 class Stage:
     """A leader, the next one when there is one, and a follower that reaches either through *proxy*."""
@@ -52,7 +52,7 @@ class Stage:
     proxy: Proxy
     leader: Node
     follower: Node
-    forked: set[str] = field(default_factory=set)  # the chains of the old leaders' own changes
+    forked: set[tuple[int, str]] = field(default_factory=set)  # the old leaders' own changes: revision and chain
     counts: Counter[str] = field(default_factory=Counter)
 
     async def round(self, way: Way, chosen: random.Random) -> None:
@@ -78,7 +78,7 @@ class Stage:
         if way is Way.SNAPSHOT:
             await write(old, SNAPSHOT_LAG)
         await (forking or write(old, chosen.randint(1, 5)))
-        self.forked |= chains(old.volume) - chains(new.volume)
+        self.forked |= chains(old.volume).items() - chains(new.volume).items()
         await self._hear(old, new, way)
         if way is Way.SNAPSHOT:
             await self._follows(new)  # it can do without
@@ -182,27 +182,9 @@ async def write(leader: Node, count: int) -> None:
             assert (await client.put(f"{leader.url}/set/{value[0] % 8}", content=value)).is_success
 
 
-def suspend(node: Node) -> None:
-    assert node.process is not None
-    node.process.send_signal(signal.SIGSTOP)
-    state = Path(f"/proc/{node.process.pid}/stat")
-    eventually(lambda: re.search(r"\) T ", state.read_text()), f"{node.name} to stop")
-
-
-def resume(node: Node) -> None:
-    assert node.process is not None
-    node.process.send_signal(signal.SIGCONT)
-
-
-def chains(volume: Path) -> set[str]:
-    """Return the chain at each revision of the store on *volume*, also while a process has it."""
-    with contextlib.closing(apsw.Connection(str(volume / "store.db"), flags=apsw.SQLITE_OPEN_READONLY)) as connection:
-        return {chain.hex() for (chain,) in connection.execute("SELECT chain FROM change")}
-
-
-def accepted(follower: Node, forked: set[str]) -> int:
+def accepted(follower: Node, forked: set[tuple[int, str]]) -> int:
     """Return how many changes of a fork are, or ever were, in the store of *follower*: none is ever taken out again."""
-    return len(chains(follower.volume) & forked)
+    return len(chains(follower.volume).items() & forked)
 
 
 @contextlib.asynccontextmanager
@@ -223,6 +205,8 @@ async def prove(cluster: Cluster, ways: list[Way]) -> None:
     taken = accepted(stage.follower, stage.forked)
     counts = stage.counts
     assert len(stage.forked) >= len(ways)
+    assert counts["pages"] >= OFFERS * sum(way in PAGED for way in ways) > 0, "pages of the old epoch were offered"
+    assert counts["snapshots"] == ways.count(Way.SNAPSHOT)
     assert taken == 0
     assert chains(stage.follower.volume) == chains(stage.leader.volume)
     print(

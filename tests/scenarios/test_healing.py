@@ -16,7 +16,7 @@ from scenes import DATABASE, Row, copy, flip, grow, kept, mehdb, rows, scene
 
 KEYS: Final = 1000  # several pages of the index, dozens of values
 PAGE_BYTES: Final = 4096
-HEALED_WITHIN_S: Final = 15.0  # a long poll takes 5 s, and this machine may be busy
+HEALED_WITHIN_S: Final = 15.0  # a long poll takes 1.5 s, a snapshot more, and this machine may be busy
 
 
 def a_byte_of_the_value(volume: Path, row: Row) -> None:

@@ -19,7 +19,7 @@ from cluster import Cluster, Node, eventually
 from linearizability import Kind, Log, Operation, check, in_doubt, read, refused, write
 from mehdb.model import GENESIS, ORIGIN, Position
 from mehdb.store import Store
-from test_kills import Connection, InDoubt, NotSent, spawn, start_with_peers
+from test_kills import Connection, InDoubt, NotSent, spawn, start_with_peers, wait_until_ready
 
 KEY = "the/one"
 WRITERS = 6
@@ -154,7 +154,7 @@ async def test_the_history_of_a_key_on_the_leader_is_linearizable(
                 await asyncio.sleep(shuffled.uniform(0, 0.7))
                 leader.kill()
                 spawn(leader)
-            await asyncio.to_thread(eventually, leader.ready, f"the leader to be ready; its log:\n{leader.log}")
+            await asyncio.to_thread(wait_until_ready, leader)
         await clients.more(operations_between)
     cluster.stop()
     history, log = clients.history, await log_of(leader.volume)

@@ -4,7 +4,7 @@ Each row of the leader's recovery table is a scene of real processes; so is each
 come back. What the volumes held before is compared with what they hold after, the folders of what was kept included.
 """
 
-import os
+import itertools
 import shutil
 import socket
 from collections.abc import Callable
@@ -13,9 +13,26 @@ from typing import Final
 
 import pytest
 
-from cluster import ADDRESS, Node, eventually
+from cluster import ADDRESS, eventually
 from mehdb.recovery import SILENT_TIMEOUT_S
-from scenes import DATABASE, Scene, copy, flip, grow, kept, mehdb, never_wiped, proven, resume, rows, scene, suspend
+from scenes import (
+    DAMAGES,
+    DATABASE,
+    Scene,
+    copy,
+    garbage,
+    gone,
+    grow,
+    kept,
+    mehdb,
+    never_wiped,
+    proven,
+    resume,
+    rows,
+    scene,
+    scenes_in,
+    suspend,
+)
 
 SILENT_DEADLINE_S: Final = SILENT_TIMEOUT_S + 15
 NEW: Final = b"new"  # a value that is written when all is well again
@@ -23,14 +40,6 @@ NEW: Final = b"new"  # a value that is written when all is well again
 
 def history_of(volume: Path) -> str:
     return next(iter(rows(volume))).history
-
-
-def diverged_and_whole(stage: Scene, follower: Node) -> None:
-    """Expect *follower* to keep what it holds and to say that it is diverged."""
-    stage.until(follower, "diverged", "this node keeps its data")
-    assert follower.get("/readyz").status_code == 503
-    own = rows(follower.volume)
-    assert {follower.get(f"/get/{row.key.decode()}").content for row in own} == {row.value for row in own}
 
 
 def leader_looked(stage: Scene) -> None:
@@ -65,19 +74,16 @@ def test_a_leader_that_is_ahead_leads(tmp_path: Path) -> None:
 
 def test_a_leader_that_is_behind_catches_up_from_the_most_advanced(tmp_path: Path) -> None:
     with never_wiped(tmp_path, 3) as stage:
-        for node in stage.followers:
-            grow(
-                copy(grow(stage.leader.volume, 0), node.volume)
-                if node is not stage.followers[1]
-                else copy(stage.followers[0].volume, node.volume),
-                3,
-            )
+        leader, behind, ahead = stage.cluster.nodes
+        grow(copy(grow(leader.volume, 2), behind.volume), 3)
+        grow(copy(behind.volume, ahead.volume), 4)
         stage.note()
-        stage.start(*stage.followers)
-        stage.start(stage.leader)
-        status = stage.equal()
-        assert (status.epoch, status.revision) == (4, 6)
-        assert f"from={stage.followers[1].url}" in stage.leader.log
+        stage.start(behind, ahead)
+        stage.start(leader)
+        assert (stage.equal().epoch, leader.status().revision) == (4, 9)
+        assert f"caught up revision=9 from={ahead.url}" in leader.log
+        assert "snapshot taken" not in leader.log
+        assert kept(leader.volume) == []
 
 
 def test_a_leader_behind_the_floor_of_its_peer_takes_its_snapshot(tmp_path: Path) -> None:
@@ -89,6 +95,7 @@ def test_a_leader_behind_the_floor_of_its_peer_takes_its_snapshot(tmp_path: Path
         stage.start(*stage.followers)
         stage.start(stage.leader)
         assert stage.equal().revision == 36
+        assert f"snapshot taken revision=36 from={stage.followers[0].url}" in stage.leader.log
         assert len(kept(stage.leader.volume, "replaced")) == 1
 
 
@@ -102,30 +109,7 @@ def test_an_empty_leader_takes_the_snapshot_of_the_most_advanced_peer(tmp_path: 
         stage.start(stage.leader)
         status = stage.equal()
         assert (status.history, status.revision) == (history_of(first.volume), 6)
-        assert f"from={second.url}" in stage.leader.log
-
-
-def garbage(path: Path) -> None:
-    path.write_bytes(os.urandom(path.stat().st_size))
-
-
-def nothing(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def torn(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2 + 100)
-
-
-def broken_header(path: Path) -> None:
-    flip(path, 18)
-
-
-def gone(path: Path) -> None:
-    path.unlink()
-
-
-DAMAGES: Final = [nothing, gone, *(pytest.param(one, marks=pytest.mark.soak) for one in (garbage, torn, broken_header))]
+        assert f"snapshot taken revision=6 from={second.url} kept=nothing" in stage.leader.log
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -141,7 +125,25 @@ def test_a_leader_with_a_damaged_store_keeps_it_and_takes_a_snapshot(
         stage.start(*stage.followers)
         stage.start(stage.leader)
         assert stage.equal().revision == 20
+        assert f"snapshot taken revision=20 from={stage.followers[0].url}" in stage.leader.log
         assert len(kept(stage.leader.volume, "damaged")) == 1
+
+
+def test_a_leader_with_a_damaged_store_refuses_until_a_peer_shows_up_that_has_a_copy(tmp_path: Path) -> None:
+    with never_wiped(tmp_path, 3) as stage:
+        leader, empty, holder = stage.cluster.nodes
+        copy(grow(leader.volume, 20), holder.volume)
+        stage.note()
+        garbage(leader.volume / DATABASE)
+        stage.note_damage(leader)
+        stage.start(empty)
+        stage.start(leader)
+        stage.until(leader, "failed", "no peer holds a copy: bring the volume back, restore a backup")
+        assert "`mehdb accept-loss`" in (leader.status().reason or "")
+        assert leader.put("key", NEW).status_code == leader.get("/get/key").status_code == 503
+        stage.start(holder)
+        assert stage.equal().revision == 20
+        assert len(kept(leader.volume, "damaged")) == 1
 
 
 def test_a_leader_among_empty_peers_begins_a_history_or_takes_theirs(tmp_path: Path) -> None:
@@ -161,9 +163,10 @@ def test_a_leader_among_empty_peers_begins_a_history_or_takes_theirs(tmp_path: P
 
 
 def test_a_leader_waits_for_silent_peers_only_as_long_as_it_has_something_to_lose(tmp_path: Path) -> None:
-    """Three leaders at once, as each waits for the bound: an empty one, one with data, and one at a dead address."""
+    """Four at once, as each waits for the bound: an empty one, a damaged one, one with data, one at a dead address."""
     with (
         never_wiped(tmp_path / "empty") as empty,
+        never_wiped(tmp_path / "damaged") as damaged,
         never_wiped(tmp_path / "full") as full,
         never_wiped(tmp_path / "deaf", 1) as deaf,
         socket.create_server((ADDRESS, 0)) as listener,
@@ -171,24 +174,30 @@ def test_a_leader_waits_for_silent_peers_only_as_long_as_it_has_something_to_los
         deaf_url = f"http://{ADDRESS}:{listener.getsockname()[1]}"
         deaf.leader.environment["MEHDB_PEERS"] = f"{deaf.leader.url},{deaf_url}"
         grow(empty.followers[0].volume, 3)
-        copy(grow(full.leader.volume, 3), full.followers[0].volume)
-        for stage in (empty, full):
+        for stage in (damaged, full):
+            copy(grow(stage.leader.volume, 3), stage.followers[0].volume)
+        for stage in (empty, damaged, full):
             stage.note()
+        garbage(damaged.leader.volume / DATABASE)
+        damaged.note_damage(damaged.leader)
+        for stage in (empty, damaged, full):
             stage.start(*stage.followers)
             suspend(stage.followers[0])
-        for stage in (empty, full, deaf):
+        for stage in (empty, damaged, full, deaf):
             stage.start(stage.leader)
         full.until(full.leader, "serving", deadline_s=SILENT_DEADLINE_S)
         assert f"{full.followers[0].url} was not asked" in full.leader.log
-        silent = empty.followers[0]
-        status = empty.until(empty.leader, "recovering", f"waiting for {silent.url}", SILENT_DEADLINE_S)
-        assert not status.ready
-        assert empty.leader.put("key", b"value").status_code == 503
-        deaf.until(deaf.leader, "recovering", f"waiting for {deaf_url}", SILENT_DEADLINE_S)
+        for stage, silent in ((empty, empty.followers[0].url), (damaged, damaged.followers[0].url), (deaf, deaf_url)):
+            status = stage.until(stage.leader, "recovering", "which may hold data", SILENT_DEADLINE_S)
+            assert f"waiting for {silent}" in (status.reason or "")
+            assert not status.ready
+            assert stage.leader.put("key", NEW).status_code == 503
         assert deaf.leader.status().history is None
-        for stage in (empty, full):
+        for stage in (empty, damaged, full):
             resume(stage.followers[0])
             assert stage.equal().revision == 3
+        assert "snapshot taken" in empty.leader.log
+        assert len(kept(damaged.leader.volume, "damaged")) == 1
         listener.close()  # nobody is there now
         assert deaf.equal().history
 
@@ -208,27 +217,36 @@ def test_a_leader_of_another_history_or_chain_leaves_its_peers_alone(tmp_path: P
         stage.until(stage.leader, "serving")
         assert stage.leader.status().revision == shared + 2
         for follower in stage.followers:
-            diverged_and_whole(stage, follower)
+            stage.diverged_and_whole(follower)
         named = {node.url for node in stage.followers if f"{node.url} has other changes" in stage.leader.log}
         assert named == {node.url for node in stage.followers[shared // 2 :]}  # one that is not ahead is no riddle
 
 
-def test_an_empty_leader_among_several_histories_leaves_the_choice_to_an_operator(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shared", "said"),
+    [(0, "peers hold other histories"), (2, "peers hold different changes in one history")],
+    ids=["several histories", "a fork"],
+)
+def test_an_empty_leader_among_peers_that_disagree_leaves_the_choice_to_an_operator(
+    tmp_path: Path, shared: int, said: str
+) -> None:
     with never_wiped(tmp_path, 3) as stage:
+        first, second = stage.followers
+        if shared:
+            copy(grow(first.volume, shared), second.volume)
         for count, node in enumerate(stage.followers, 3):
             grow(node.volume, count)
         stage.note()
         stage.start(*stage.followers)
         stage.start(stage.leader)
-        first, second = stage.followers
-        status = stage.until(stage.leader, "failed", "`mehdb adopt --from URL`")
-        assert status.reason
-        assert all(history_of(node.volume) in status.reason and node.url in status.reason for node in stage.followers)
-        assert stage.leader.put("key", b"value").status_code == 503
+        reason = stage.until(stage.leader, "failed", said).reason or ""
+        assert all(node.url in reason and (shared or history_of(node.volume) in reason) for node in stage.followers)
+        assert "`mehdb adopt --from URL`" in reason
+        assert stage.leader.put("key", NEW).status_code == 503
         mehdb("adopt", "--from", second.url, "--data-dir", str(stage.leader.volume), "--yes")
         stage.until(stage.leader, "serving")
         stage.until(second, "serving")
-        diverged_and_whole(stage, first)
+        stage.diverged_and_whole(first)
         mehdb("rejoin", "--data-dir", str(first.volume), "--yes")
         assert stage.equal().history == history_of(second.volume)
         assert len(kept(first.volume, "rejoined")) == 1
@@ -274,7 +292,7 @@ def test_a_leader_that_has_accepted_a_write_keeps_it_and_its_followers_keep_thei
         assert stage.leader.put("accepted", NEW).is_success
         stage.note()
         stage.start(follower)
-        diverged_and_whole(stage, follower)
+        stage.diverged_and_whole(follower)
         assert stage.leader.get("/get/accepted").content == NEW
         # An operator takes the follower's side, over a node that runs.
         mehdb("adopt", "--from", follower.url, "--data-dir", str(stage.leader.volume), "--yes")
@@ -315,7 +333,7 @@ def test_a_follower_of_another_cluster_or_past_is_diverged_until_it_rejoins(
         stage.note()
         stage.leader.start()
         stage.start(follower)
-        diverged_and_whole(stage, follower)
+        stage.diverged_and_whole(follower)
         if shared and count > 4:
             leader_looked(stage)
         mehdb("rejoin", "--data-dir", str(follower.volume), "--yes")
@@ -337,7 +355,7 @@ def test_a_fork_is_not_dropped_when_the_leader_can_no_longer_tell_it_from_an_old
         stage.leader.start()
         if not restarted:
             stage.start(follower)
-            diverged_and_whole(stage, follower)
+            stage.diverged_and_whole(follower)
             leader_looked(stage)
         for _ in range(10):
             assert stage.leader.put("hot", NEW).is_success
@@ -348,7 +366,7 @@ def test_a_fork_is_not_dropped_when_the_leader_can_no_longer_tell_it_from_an_old
             assert len(kept(follower.volume, "behind")) == 1
         else:
             stage.until(follower, "diverged", "behind the floor", SILENT_DEADLINE_S)
-            diverged_and_whole(stage, follower)
+            stage.diverged_and_whole(follower)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -387,5 +405,11 @@ def test_what_is_gone_would_be_missed(tmp_path: Path, rolled_back: bool) -> None
 
 
 @pytest.mark.parametrize("run", ["test", pytest.param("soak", marks=pytest.mark.soak)])
-def test_nothing_was_lost_in_any_scene(run: str) -> None:
-    print(f"never wiped: {len(proven)} scenarios, 0 data lost ({run})")
+def test_nothing_was_lost_in_any_scene(request: pytest.FixtureRequest, run: str) -> None:
+    """Of those that were selected, by whatever means: one that failed is missing here too."""
+    selected = itertools.takewhile(lambda item: item is not request.node, request.session.items)
+    scenes = sum(scenes_in(item) for item in selected if isinstance(item, pytest.Function))
+    if not scenes:
+        pytest.skip("no scene was selected")
+    print(f"never wiped: {len(proven)} of {scenes} scenarios, 0 data lost ({run})")
+    assert len(proven) == scenes
