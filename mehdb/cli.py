@@ -208,10 +208,10 @@ def _take(data_dir: Path, text: str, keep: str, status: NodeStatus | None, *, ye
     except ValueError as error:
         raise Refused(f"--from: {error}") from error
     position = asyncio.run(operations.position_of(url))
-    if status and status.node == position.node:
+    if status and (status.node, status.history) == (position.node, position.history):
         raise Refused(f"{url} is {status.node} itself: name another node")
-    sound = status and status.state is not State.DIVERGED and status.damage is None
-    if status and sound and status.role is Role.FOLLOWER and status.history == position.history:
+    follows = status and status.leader and status.leader.problem is None and status.damage is None
+    if status and follows and status.history == position.history:
         raise Refused(f"{status.node} holds its leader's history, and follows: nothing to do")
     own = operations.meta_of(data_dir)
     holds = f"history {own.history}, revision {own.head}" if own else "none, or damaged"

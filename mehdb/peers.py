@@ -120,7 +120,6 @@ class Peer:
         Raises `PeerUnreachable`, `PeerAnswerInvalid`, `StaleEpoch`, and as the peer says: `Diverged`, `Compacted`.
         """
         query: dict[str, str | int | float] = {"after": position.revision, "durable": durable, "wait": wait_s}
-        query["epoch"] = epoch
         if node is not None:
             query["node"] = node
         if position.history is not None:
@@ -128,7 +127,10 @@ class Peer:
         if pages_only:
             query["snapshot"] = "no"
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        request = self._client.stream("GET", "/replicate", params=query, timeout=timeout)
+        headers = {
+            "Mehdb-Epoch": str(epoch)
+        }  # no parameter: a node of another version would refuse what it does not know
+        request = self._client.stream("GET", "/replicate", params=query, headers=headers, timeout=timeout)
         async with self._asking(wait_s + PAGE_TIMEOUT_S), request as answer:
             body = await _body(answer)
         return self._understood(answer, body, position, epoch if from_leader else None)

@@ -72,8 +72,9 @@ class Follower:
         self._head: Revision | None = None  # the leader's, when last heard
         self._heard_at_s: float | None = None
         self._error: MehdbError | None = None  # why the leader is not followed, None while it is
-        if (divergence := read_divergence(store.directory)) and store.reached().revision:
-            self.state, self._error = State.DIVERGED, Diverged(divergence)
+        self._divergence = read_divergence(store.directory)  # what is written down beside the store
+        if self._divergence and store.reached().revision:
+            self.state, self._error = State.DIVERGED, Diverged(self._divergence)
         self._progress = 0  # how often it was: a failure after some is a new one
 
     @property
@@ -118,6 +119,8 @@ class Follower:
         """Ask, apply, ask again, until something fails."""
         await self._store.reopen()
         if self._store.damaged:
+            if self.state is State.DIVERGED:
+                raise Diverged(self._divergence or "it was found to have diverged")
             await self._take_snapshot()
         await self._heal_if_damaged()
         pull = await self._pull_or_snapshot()
@@ -238,7 +241,9 @@ class Follower:
             self._error = None
         if self.state is State.DIVERGED:
             self.state = State.SYNCING
+        if self._divergence is not None:
             forget_divergence(self._store.directory)
+            self._divergence = None
         if self.state is State.SYNCING and self._target is not None and self._store.head >= self._target:
             self.state = State.SERVING
             log.info("synced revision=%d leader=%s", self._store.head, self._leader.url)
@@ -250,7 +255,8 @@ class Follower:
             level = logging.ERROR if isinstance(error, Diverged | Compacted) else logging.WARNING
             log.log(level, 'leader not followed code=%s leader=%s reason="%s"', error.code, self._leader.url, error)
         if isinstance(error, Diverged):
-            if self.state is not State.DIVERGED:
-                await asyncio.to_thread(note_divergence, self._store.directory, str(error))
+            if self._divergence is None:
+                self._divergence = str(error)
+                await asyncio.to_thread(note_divergence, self._store.directory, self._divergence)
             self.state, self._target, self._head = State.DIVERGED, None, None
         self._error = error

@@ -44,14 +44,13 @@ async def test_a_pull_says_where_the_follower_is(leader: FakeLeader, peer: Peer)
     await pull(peer, wait_s=1.5)
     assert leader.asked[-1].path == "/replicate"
     assert leader.asked[-1].query == {
-        "history": HISTORY, "after": "2", "chain": b"c".hex() * 16, "durable": "1", "node": "mehdb-1", "wait": "1.5",
-        "epoch": "3",
+        "history": HISTORY, "after": "2", "chain": b"c".hex() * 16, "durable": "1", "node": "mehdb-1", "wait": "1.5"
     }  # fmt: skip
 
 
 async def test_an_empty_follower_names_no_history(leader: FakeLeader, peer: Peer) -> None:
     await pull(peer, Position())
-    assert leader.asked[-1].query == {"after": "0", "durable": "1", "epoch": "3", "node": "mehdb-1", "wait": "0"}
+    assert leader.asked[-1].query == {"after": "0", "durable": "1", "node": "mehdb-1", "wait": "0"}
 
 
 async def test_a_page_comes_with_what_the_leader_says_of_itself(leader: FakeLeader, peer: Peer) -> None:

@@ -177,6 +177,8 @@ def test_in_no_situation_does_the_leader_do_harm() -> None:
                 assert holders[urls[0]].revision == max(holders[url].revision for url in more), where
             case TakeSnapshot(urls):
                 assert not has_data, where
+                if own.damaged:  # who contradicts what it has acknowledged has no say
+                    holders = {url: p for url, p in holders.items() if url not in around.forked}
                 assert {p.history for p in holders.values()} == {holders[url].history for url in urls}, where
                 assert all(p.revision <= holders[urls[0]].revision for p in holders.values()), where
                 assert not own.damaged or own.history in (None, holders[urls[0]].history), where

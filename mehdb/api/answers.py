@@ -231,5 +231,6 @@ async def heard(request: web.BaseRequest, work: Coroutine[Any, Any, T]) -> T:
                 request.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
         return task.result()
     finally:
-        task.cancel()
-        await asyncio.wait([task])  # it may have a file to clear away
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])  # it may have a file to clear away

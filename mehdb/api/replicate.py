@@ -15,7 +15,7 @@ from aiohttp import web
 from mehdb.api.answers import Answer, heard, json_answer, waiting
 from mehdb.api.node import NodeView
 from mehdb.api.requests import Parameters, Target, no_parameters, seconds
-from mehdb.errors import Compacted, Diverged, NotSynced, StoreAway
+from mehdb.errors import BadParameter, Compacted, Diverged, NotSynced, StoreAway
 from mehdb.model import (
     GENESIS,
     ORIGIN,
@@ -39,7 +39,7 @@ MSGPACK: Final = "application/vnd.msgpack"
 WAIT_S_MAX: Final = 60.0  # proxies and clients give up on a silent connection at about this age
 FOLLOWERS_MAX: Final = 100  # a StatefulSet has a few; names come from clients, so their number is bounded
 CONNECTED_S: Final = 4.0  # a follower asks at least every 1.5 s
-REFUSED_TOLD_MAX: Final = 16  # log lines in that time about nodes that are diverged
+REFUSED_TOLD_MAX: Final = 16  # log lines about nodes that are diverged, in so long a time:
 FORGET_AFTER_S: Final = 300.0  # a follower that was scaled away is no longer listed
 REVISION_MAX: Final = (1 << 63) - 1  # SQLite's largest integer
 
@@ -120,7 +120,10 @@ def _revision(text: str) -> Revision:
 
 
 def _epoch(text: str) -> Epoch:
-    return Epoch(whole_number(0, REVISION_MAX)(text))
+    try:
+        return Epoch(whole_number(0, REVISION_MAX)(text))
+    except ValueError as error:
+        raise BadParameter(f"Mehdb-Epoch: {error}") from error
 
 
 def _snapshot(text: str) -> bool:
@@ -169,12 +172,11 @@ class ReplicationRoutes:
         after = parameters.take("after", _revision, ORIGIN)
         position = Position(history, after, parameters.take("chain", _chain, GENESIS))
         durable = min(after, parameters.take("durable", _revision, after))
-        epoch = parameters.take("epoch", _epoch, Epoch(0))
         node = parameters.take("node", _node, None)
         wait_s = parameters.take("wait", seconds(WAIT_S_MAX), 0.0)
         may_snapshot = parameters.take("snapshot", _snapshot, default=True)
         parameters.finish()
-        self._node.note_follower(position, epoch, request.remote)
+        self._node.note_follower(position, _epoch(request.headers.get("Mehdb-Epoch", "0")), request.remote)
         self._node.require_leading()
         if self._store.meta.history is None:
             raise NotSynced("this node holds nothing yet: ask another one")

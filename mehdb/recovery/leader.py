@@ -1,6 +1,7 @@
 """The leader, from asking its peers to leading, and back when one shows up that holds more."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
@@ -9,7 +10,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from mehdb.errors import Compacted, DamagedRow, DiskFull, Diverged, NotNow, PeerAbsent, PeerError, SnapshotRefused
-from mehdb.model import ORIGIN, Chain, Epoch, NodePosition, Position, Revision, State
+from mehdb.model import Chain, Epoch, NodePosition, Position, Revision, State
 from mehdb.peers import Peer, Pull
 from mehdb.recovery.table import CatchUp, Decision, Lead, Own, Peers, Refuse, TakeSnapshot, Wait, contradiction, decide
 from mehdb.roles import Leadership
@@ -41,6 +42,8 @@ class Leader:
         self._doubted = asyncio.Event()  # a peer showed up that holds more, or another history
         self._led_from: Revision | None = None
         self._forked: frozenset[str] = frozenset()
+        self._unclear: frozenset[str] = frozenset()
+        self._diverged: frozenset[str] = frozenset()  # what they said when last asked
         self._peers = [Peer(url) for url in peer_urls]
         self._guests: set[str] = set()  # the URLs of those that have shown up by themselves
         self._epoch_seen = Epoch(0)  # by a peer, in this store's history
@@ -84,6 +87,8 @@ class Leader:
                 if moved:
                     continue
                 delay_s = ASK_EVERY_S
+                if isinstance(decision, Refuse):
+                    delay_s = ASK_MOST_S  # an operator is waited for
                 if waited and isinstance(decision, Wait):
                     await self._forget_guests()  # they came by themselves, and would again
             except (PeerError, Compacted, DiskFull, DamagedRow, NotNow) as error:
@@ -97,6 +102,8 @@ class Leader:
     async def _decide(self, *, waited: bool) -> Decision:
         """Ask the peers, and return what follows."""
         own, peers = self._own(), await self._ask()
+        if own.damaged and own.history:
+            peers = peers.without(await self._against_mark(own, peers))
         decision = decide(own, peers, waited=waited)
         if isinstance(decision, CatchUp | TakeSnapshot):
             best = decision.urls[0]
@@ -131,7 +138,8 @@ class Leader:
             raise DiskFull(
                 "the volume is full, no epoch can be begun: make room on it or enlarge it; it goes on by itself"
             ) from error
-        self._led_from = self._store.head
+        if self.state is not State.SERVING:  # or it only goes beyond an epoch, and writes are taken meanwhile
+            self._led_from = self._store.head
         self.state, self.problem = State.SERVING, None
         log.info("leading epoch=%d history=%s revision=%d", epoch, self._store.meta.history, self._store.head)
 
@@ -140,7 +148,7 @@ class Leader:
 
         Return whether there was either. Raises what was in the way with the first, if there was none.
         """
-        obstacle: PeerError | Compacted | NotNow | None = None
+        obstacle: PeerError | Compacted | None = None
         for url in urls:
             try:
                 if await work(self._peer(url)):
@@ -149,7 +157,7 @@ class Leader:
                 log.warning('forked peer=%s reason="%s"', url, error)
                 self._forked |= {url}
                 return True
-            except (PeerError, Compacted, NotNow) as error:
+            except (PeerError, Compacted) as error:
                 obstacle = obstacle or error
         if obstacle is not None:
             raise type(obstacle)(
@@ -169,10 +177,13 @@ class Leader:
         """Take the snapshot of *peer*; if it has no room for one, and nothing is to be replaced here, its pages."""
         try:
             return await self._take_snapshot(peer)
-        except SnapshotRefused:
-            if self._store.damaged or self._store.head > ORIGIN:
+        except SnapshotRefused as refusal:
+            if self._store.damaged:
                 raise
-            return await self._take_pages(peer)
+            try:
+                return await self._take_pages(peer)
+            except Compacted:
+                raise refusal from None
 
     async def _take_pages(self, peer: Peer) -> bool:
         """Apply all that *peer* has beyond this store's head. Return whether there was anything."""
@@ -191,6 +202,9 @@ class Leader:
         try:
             meta = await fetch(peer, store.incoming)
             if before.history == meta.history and not await store.continued_by(store.incoming):
+                if peer.url in self._diverged and not damaged:
+                    self._unclear |= {peer.url}
+                    return True
                 log.warning("perhaps forked, nobody can tell any more revision=%d peer=%s", before.revision, peer.url)
             kept = await store.replace(
                 store.incoming, meta, "damaged" if damaged else "replaced" if before.revision else None
@@ -201,12 +215,19 @@ class Leader:
         return True
 
     async def _until_peers_hold_more(self) -> None:
-        """Return when a peer holds what this node lacks, or a higher epoch, and it has accepted no write yet."""
+        """Return when a peer holds what this node lacks, and it has accepted no write yet.
+
+        Nor does it begin an epoch beyond one that a peer has seen, once it has: it may be an old process.
+        """
         while True:
             await self._doubted.wait()
             self._doubted.clear()
             decision = await self._decide(waited=True)
-            if not isinstance(decision, Lead) or decision.epoch > self._store.meta.epoch:
+            if isinstance(decision, Lead):
+                if decision.epoch > self._store.meta.epoch and self._led_from == self._store.head:
+                    with contextlib.suppress(DiskFull):  # then whoever has seen a higher epoch has to wait
+                        await self._lead(decision)
+            else:
                 self.state, self.problem = State.RECOVERING, "a peer has shown up that holds more"
                 await self._store.queue_worked_off()
                 if self._store.head == self._led_from:
@@ -236,7 +257,21 @@ class Leader:
                     silent[peer.url] = str(answer)
             if all(isinstance(answer, PeerAbsent) for answer in answers):
                 break
-        return Peers(positions, silent, self._forked)
+        self._diverged = frozenset(url for url, one in positions.items() if one.state is State.DIVERGED)
+        return Peers(positions, silent, self._forked, self._unclear)
+
+    async def _against_mark(self, own: Own, peers: Peers) -> set[str]:
+        """Return the peers that never were where this store, which is damaged, was when it last acknowledged."""
+        against = set()
+        for url, one in peers.with_data().items():
+            if one.history == own.history and one.revision >= own.head:
+                try:
+                    await self._pull(self._peer(url), self._store.reached())
+                except Diverged:
+                    against.add(url)
+                except (Compacted, PeerError):  # it cannot tell
+                    continue
+        return against
 
     async def _contradicted_by(self, best: str, own: Own, peers: Peers) -> list[str]:
         """Return the peers whose changes are certainly not those of *best*, which holds the most.

@@ -15,7 +15,7 @@ history, or on another chain, is left alone by a store with data: it will be div
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from mehdb.errors import Damaged
@@ -35,12 +35,18 @@ class Own(NamedTuple):
 class Peers:
     """What the peers that exist said: where they are, or why they did not answer. By base URL.
 
-    *forked* are those whose changes have turned out not to continue what this node holds, or once acknowledged.
+    *forked* are those whose changes have turned out not to continue what this node holds, or once acknowledged;
+    *unclear* those of which nobody can tell that any more, and which are not with their leader.
     """
 
     positions: dict[str, NodePosition]
     silent: dict[str, str]
     forked: frozenset[str] = frozenset()
+    unclear: frozenset[str] = frozenset()
+
+    def without(self, forked: set[str]) -> "Peers":
+        """Return these where *forked* are so too."""
+        return replace(self, forked=self.forked | forked)
 
     def with_data(self) -> dict[str, NodePosition]:
         """Return those that hold changes, the most advanced first."""
@@ -100,6 +106,11 @@ def _decide_with_data(own: Own, peers: Peers) -> Decision:
     holders = peers.with_data()
     ahead = {url: one for url, one in holders.items() if one.history == own.history and one.revision > own.head}
     if continuing := tuple(url for url in ahead if url not in peers.forked):
+        if continuing[0] in peers.unclear:
+            return Refuse(
+                f"{continuing[0]} holds more and is diverged: whether this node has changes of its own nobody can tell "
+                f"any more. Take what is there with `mehdb adopt --from {continuing[0]}`, or end that node"
+            )
         return CatchUp(continuing)
     notes = [f"{url} was not asked: {why}" for url, why in peers.silent.items()]
     notes += [
@@ -112,18 +123,20 @@ def _decide_with_data(own: Own, peers: Peers) -> Decision:
 
 def _decide_without(own: Own, peers: Peers) -> Decision:
     holders = peers.with_data()
+    forked = peers.forked & holders.keys() if own.damaged else frozenset()
+    holders = {url: one for url, one in holders.items() if url not in forked}
     histories = {one.history for one in holders.values()}
     if len(histories) > 1 or (own.damaged and own.history and histories - {own.history}):
         held = "; ".join(f"{url} has {one.history} at revision {one.revision}" for url, one in holders.items())
         lost = f"{own.damaged}, of history {own.history}; " if own.damaged else ""
         return Refuse(f"{lost}peers hold other histories ({held}): choose one with `mehdb adopt --from URL`")
-    if own.damaged and (forked := peers.forked & holders.keys()):
+    if holders:
+        return _decide_whose_snapshot(own, holders)
+    if forked:
         return Refuse(
             f"{own.damaged}; {', '.join(sorted(forked))} has other changes than it had acknowledged: bring the volume "
             "back, or take what is there with `mehdb adopt --from URL`"
         )
-    if holders:
-        return _decide_whose_snapshot(own, holders)
     if peers.silent:
         return Wait(
             f"waiting for {_listed(peers.silent)}, which may hold data: bring it back; if its store is damaged, run "

@@ -100,10 +100,10 @@ class Log:
         """Commit one step of compaction."""
         with self._transaction():
             meta = self._compacted(self.meta, COMPACT_STEP)
-            if meta != self.meta:
-                self._save(meta)
-        if meta != self.meta:
-            self.meta = meta
+            if meta == self.meta:
+                return
+            self._save(meta)
+        self.meta = meta
 
     def _window_start(self, meta: Meta) -> Revision:
         """Return the revision behind which superseded changes may go."""

@@ -34,7 +34,7 @@ class Room:
         volume = os.statvfs(self._directory)
         return min(self._reserve_bytes, volume.f_blocks * volume.f_frsize // RESERVE_SHARE)
 
-    def lacks(self, reusable_bytes: int = 0, factor: int = 1) -> bool:
+    def lacks(self, reusable_bytes: int = 0, factor: float = 1) -> bool:
         """Return whether less than *factor* reserves are left. *reusable_bytes* are free in the file, or owed to it."""
         return self.free_bytes() + reusable_bytes < factor * self.reserve_bytes()
 

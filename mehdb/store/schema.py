@@ -199,20 +199,21 @@ def open_copy(path: Path) -> apsw.Connection:
 def require_sound(directory: Path) -> Meta:
     """Return `meta` of the store in *directory*, live or not. Nothing is changed.
 
-    Raises `FileNotFoundError` if there never was one, and what `verify_opened` does.
+    Raises `FileNotFoundError` if there never was one, what `verify_opened` does, and `StoreFailed`.
     """
     if not (directory / FILE_NAME).exists():
         refuse_lost_store(directory)
         raise FileNotFoundError(directory / FILE_NAME)
     try:
         connection = open_reader(directory)
+        try:
+            connection.execute("BEGIN")  # one state of it
+            return verify_opened(connection, directory)
+        finally:
+            connection.close()
     except apsw.Error as error:
-        raise Damaged(f"{directory / FILE_NAME} cannot be opened: {error}") from error
-    try:
-        connection.execute("BEGIN")  # one state of it
-        return verify_opened(connection, directory)
-    finally:
-        connection.close()
+        kind = Damaged if is_damage(error) else StoreFailed
+        raise kind(f"{directory / FILE_NAME} cannot be opened: {error}") from error
 
 
 def verify_opened(connection: apsw.Connection, directory: Path) -> Meta:

@@ -75,6 +75,7 @@ class Store:
         self._lock: DirectoryLock | None = None
         self._session: Session | None = None
         self._meta = EMPTY  # while there is no session
+        self._marked = Position()  # of a damaged store
         self._commits = 0  # of the sessions before
         self._waiters = Waiters()
 
@@ -126,7 +127,7 @@ class Store:
         try:
             self._open_session(read_only=self._lock.read_only)
         except Damaged as error:
-            self.damaged = error
+            self.damaged, self._marked = error, read_mark(self.directory) or Position()
             raise
         self._wake()
 
@@ -222,7 +223,7 @@ class Store:
 
     def reached(self) -> Position:
         """Return the position; of a damaged store the last one that it acknowledged, if that is known."""
-        return self.position if self.damaged is None else read_mark(self.directory) or Position()
+        return self.position if self.damaged is None else self._marked
 
     @property
     def queue_bytes(self) -> int:

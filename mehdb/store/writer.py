@@ -8,6 +8,7 @@ one that failed proves nothing (Rebello et al., "Can Applications Recover from f
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from time import monotonic
@@ -30,8 +31,10 @@ BATCH_BYTES_MAX: Final = 4 << 20  # keeps a batch of large values short as well
 WRITE_OVERHEAD_BYTES: Final = 256  # about what a queued write occupies beside its key and value
 CHECKPOINT_PAGES: Final = 4096  # 16 MiB of WAL: seldom enough to be cheap, short enough for a restart within a second
 SQUEEZE_FACTOR: Final = 2  # of the reserve: the window is let go before a set has to be refused
-SQUEEZE_EVERY_S: Final = 60.0  # what was the head so long ago, a follower has that restarts as planned
-SQUEEZE_SHORT_S: Final = 1.0  # the same where sets are refused already: connected followers lag by milliseconds
+SQUEEZE_AFTER_S: Final = 60.0  # what was the head so long ago, a follower has that restarts as planned
+SQUEEZE_HARD_FACTOR: Final = 1.5
+SQUEEZE_HARD_AFTER_S: Final = 2.0  # the same, nearer to the reserve: a follower is back so soon after its leader is
+SQUEEZE_EVERY_S: Final = 1.0
 
 Task = Callable[[Log], None]
 """Work that is not a client's write, such as applying a page: alone in its transaction."""
@@ -78,7 +81,7 @@ class Writer:
         self._closing = False
         self._wal_pages = 0
         self._compaction_error: str | None = None  # why it stopped last, None since it has gone on
-        self._squeeze_at_s, self._squeeze_head = monotonic(), changes.meta.floor  # nobody is known to have the head
+        self._heads = deque([(monotonic(), changes.meta.head)], round(SQUEEZE_AFTER_S / SQUEEZE_EVERY_S) + 1)
         connection.set_wal_hook(self._note_wal_pages)
         self._queue: SimpleQueue[_Job] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mehdb-writer", daemon=True)
@@ -181,7 +184,7 @@ class Writer:
                     self._checkpoint()
             try:
                 return self._queue.get(
-                    timeout=SQUEEZE_SHORT_S if self.short_of_room or self._log.compaction_due else None
+                    timeout=SQUEEZE_EVERY_S if self.short_of_room or self._log.compaction_due else None
                 )
             except Empty:
                 self._look_for_room()
@@ -238,6 +241,8 @@ class Writer:
             if not isinstance(outcomes, MehdbError):
                 self._note_compaction_stopped(damage)
                 return outcomes
+            if not isinstance(outcomes, DamagedRow):
+                return [outcomes] * len(writes)
         return [self._write([write])[0] for write in writes] if len(writes) > 1 else [damage]
 
     def _without_sets(self, writes: Sequence[Write], refusal: MehdbError) -> Sequence[Outcome]:
@@ -265,9 +270,13 @@ class Writer:
 
     def _look_for_room(self) -> None:
         """Find out whether the volume is short of room; if so, let go of what the window retains."""
+        now_s = monotonic()
+        if not self._heads or now_s - self._heads[-1][0] >= SQUEEZE_EVERY_S:
+            self._heads.append((now_s, self._log.meta.head))
         try:
             soon = self._is_short(SQUEEZE_FACTOR)
-            short = soon and self._is_short()
+            hard = soon and self._is_short(SQUEEZE_HARD_FACTOR)
+            short = hard and self._is_short()
             if short != self.short_of_room:
                 self.short_of_room = short
                 log.warning(
@@ -277,12 +286,15 @@ class Writer:
                 self._room.take_ballast()
         except (OSError, apsw.Error):
             return  # what cannot be asked is no reason to fail: the write itself will say
-        now_s = monotonic()
-        if soon and now_s - self._squeeze_at_s >= (SQUEEZE_SHORT_S if short else SQUEEZE_EVERY_S):
-            self._log.squeeze(self._squeeze_head)
-            self._squeeze_at_s, self._squeeze_head = now_s, self._log.meta.head
+        if soon:
+            self._squeeze(SQUEEZE_HARD_AFTER_S if hard else SQUEEZE_AFTER_S)
 
-    def _is_short(self, factor: int = 1) -> bool:
+    def _squeeze(self, age_s: float) -> None:
+        """Let go of the window up to what was the head *age_s* ago."""
+        while self._heads and monotonic() - self._heads[0][0] >= age_s:
+            self._log.squeeze(self._heads.popleft()[1])
+
+    def _is_short(self, factor: float = 1) -> bool:
         """Return whether less than *factor* times the reserve is left."""
         # What is in the WAL takes room a second time when it is moved into the file: without it, neither shrinks.
         return self._room.lacks(-self._wal_pages * PAGE_SIZE, factor) and self._room.lacks(

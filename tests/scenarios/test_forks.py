@@ -6,7 +6,7 @@ What the table of a leader's start says of one peer after the other is in `test_
 from pathlib import Path
 
 from cluster import Node, eventually
-from mehdb.store import raise_epoch
+from mehdb.store import note_divergence, raise_epoch
 from scenes import DATABASE, Scene, copy, flip, grow, kept, mehdb, never_wiped, rows
 from volumes import MIB, tmpfs
 
@@ -108,6 +108,35 @@ def test_a_leader_keeps_what_nobody_can_compare_any_more_and_says_so(tmp_path: P
         stage.equal()
         assert f"perhaps forked, nobody can tell any more revision=5 peer={follower.url}" in stage.leader.log
         assert len(kept(stage.leader.volume, "replaced")) == 1
+
+
+def test_a_leader_does_not_take_a_diverged_peer_for_more_advanced_where_nobody_can_tell(tmp_path: Path) -> None:
+    with never_wiped(tmp_path / "scene", **SMALL_WINDOW) as stage:
+        base = grow(tmp_path / "base", 3)
+        [follower] = stage.followers
+        grow(copy(base, stage.leader.volume), 2, key="own")
+        grow(copy(base, follower.volume), COMPACTED, key="hot", retain=5)
+        note_divergence(follower.volume, "it was found to have")
+        stage.note()
+        stage.start(follower)
+        stage.until(follower, "diverged")
+        stage.start(stage.leader)
+        stage.until(stage.leader, "failed", f"{follower.url} holds more and is diverged")
+        assert stage.leader.status().revision == 5
+        mehdb("adopt", "--from", follower.url, "--data-dir", str(stage.leader.volume), "--yes")
+        stage.equal()
+
+
+def test_a_damaged_leader_passes_over_a_peer_that_never_was_at_its_mark(tmp_path: Path) -> None:
+    with never_wiped(tmp_path / "scene", 3) as stage:
+        more, fewer = forked_peers(stage, grow(tmp_path / "base", 3))
+        copy(fewer.volume, stage.leader.volume)
+        (stage.leader.volume / DATABASE).write_bytes(b"damaged")
+        stage.note_damage(stage.leader)
+        stage.start(stage.leader)
+        stage.until(stage.leader, "serving")
+        assert stage.leader.position() == fewer.position()
+        stage.diverged_and_whole(more)
 
 
 def test_a_diverged_follower_stays_so_after_a_restart_though_its_leader_has_compacted(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mehdb.store.mark import AcknowledgedMark
 from mehdb.store.room import BALLAST_BYTES_MAX, BALLAST_NAME, RESERVE_SHARE, Room
 from mehdb.store.schema import open_writer
 from mehdb.store.seal import seal
-from mehdb.store.writer import SQUEEZE_SHORT_S, Writer
+from mehdb.store.writer import SQUEEZE_HARD_AFTER_S, Writer
 from stores import enqueue, outcomes, problems_of, put, until
 
 HISTORY = History("0123456789abcdef" * 2)
@@ -148,7 +148,7 @@ async def test_a_node_without_work_notices_that_there_is_room_again(writer: Writ
     room.free = 0
     assert await ends_in(writer, Write(b"new", b"v")) is DiskFull
     room.free = 1 << 40
-    await until(lambda: not writer.short_of_room, timeout_s=5 * SQUEEZE_SHORT_S)
+    await until(lambda: not writer.short_of_room, timeout_s=5 * SQUEEZE_HARD_AFTER_S)
 
 
 async def test_a_page_is_applied_below_the_reserve(writer: Writer, room: VolumeOf) -> None:
@@ -164,15 +164,15 @@ async def test_a_volume_short_of_room_lets_go_of_what_the_window_retains(writer:
     assert writer.meta.floor == 0
     room.free = 0
     assert await ends_in(writer, Write(b"new", b"v")) is DiskFull
-    await until(lambda: writer.meta.floor == 199, timeout_s=10 * SQUEEZE_SHORT_S)
+    await until(lambda: writer.meta.floor == 199, timeout_s=10 * SQUEEZE_HARD_AFTER_S)
     assert writer.meta.head == 200
     room.free = 1 << 40
     assert await ends_in(writer, Write(b"new", b"v")) is None
 
 
 async def test_between_one_and_two_reserves_a_follower_that_restarts_has_time(writer: Writer, room: VolumeOf) -> None:
-    room.free = RESERVE_BYTES * 3 // 2
-    end_s = monotonic() + 2.5 * SQUEEZE_SHORT_S
+    room.free = RESERVE_BYTES * 7 // 4
+    end_s = monotonic() + 2.5 * SQUEEZE_HARD_AFTER_S
     while monotonic() < end_s:
         await writer.write(Write(b"old-0", b"v"))
     assert not writer.short_of_room
