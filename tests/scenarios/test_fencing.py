@@ -222,7 +222,7 @@ async def test_who_has_heard_of_a_new_leader_takes_nothing_from_the_old_one(clus
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 async def test_old_leaders_are_fenced_round_after_round(cluster: Cluster) -> None:
-    await prove(cluster, list(Way) * 8)
+    await prove(cluster, list(Way) * 3)
 
 
 async def test_what_the_old_leader_offers_would_be_accepted_but_for_its_epoch(cluster: Cluster) -> None:

@@ -178,8 +178,8 @@ async def recorded(directory: Path, live: Live, seed: int, lives: int, count: in
     [
         pytest.param(lead, 3, 5, 6000, id="leader-short"),
         pytest.param(follow, 3, 5, 1500, id="follower-short"),
-        pytest.param(lead, 6, 20, 15_000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)], id="leader-soak"),
-        pytest.param(follow, 6, 20, 10_000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)], id="follower-soak"),
+        pytest.param(lead, 6, 20, 10_000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)], id="leader-soak"),
+        pytest.param(follow, 6, 20, 5_000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)], id="follower-soak"),
     ],
 )
 async def test_all_that_was_acknowledged_survives_a_power_loss(
