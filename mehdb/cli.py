@@ -148,6 +148,7 @@ def check(
 @app.command()
 def backup(file: File, data_dir: DataDir = DATA_DIR, yes: Yes = False) -> None:
     """Copy a store, live or not, to one file."""
+    operations.require_elsewhere(file)
     if file.exists() and file != operations.STANDARD:
         _confirm(f"{file} exists and will be replaced.", yes=yes)
     with _progress() as on_step:

@@ -76,6 +76,7 @@ class Found:
 
 def check(directory: Path, on_step: OnStep) -> Found:
     """Verify the store in *directory*, live or not. Raises `StoreError` if there is none."""
+    _require_store(directory)
     with _usable(directory):
         mark = read_mark(directory)  # before the store, which goes on being written
         report = check_directory(directory, partial(on_step, "check"))
@@ -93,18 +94,12 @@ def backup(directory: Path, path: Path, on_step: OnStep) -> Meta:
 
     Or not at all. Raises `StoreError`, and `Refused` where *path* is a directory or lies in a node's.
     """
+    require_elsewhere(path)
     to_output = path == STANDARD
-    if path.is_dir():
-        raise Refused(f"{path} is a directory: name a file")
-    if not to_output and (path.parent / LOCK_NAME).exists():
-        raise Refused(f"{path} is in a data directory: name a file elsewhere")
-    if not directory.is_dir():
-        raise StoreFailed(f"{directory} is no directory: name another with --data-dir")
+    _require_store(directory)
     unfinished = directory / f"{OUTGOING}-{os.getpid()}" if to_output else path.with_name(f"{path.name}.part")
     try:
-        remove_leftovers_of_commands(directory)
-        snapshot = make_snapshot(directory, unfinished, _room_for(unfinished, directory), partial(on_step, "copy"))
-        verify_snapshot(unfinished, partial(on_step, "verify"))
+        meta = _copy_whole(directory, unfinished, on_step)
         if to_output:
             with unfinished.open("rb") as file:
                 _copy(file, sys.stdout.buffer)
@@ -120,6 +115,38 @@ def backup(directory: Path, path: Path, on_step: OnStep) -> Meta:
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+    return meta
+
+
+def _require_store(directory: Path) -> None:
+    """Raise `StoreFailed` if there is none in *directory*, sound or not."""
+    with _usable(directory):
+        try:
+            require_sound(directory)
+        except FileNotFoundError:
+            raise StoreFailed(f"{directory} holds no store: name another with --data-dir") from None
+        except StoreError:  # whoever reads on finds out more
+            return
+
+
+def require_elsewhere(path: Path) -> None:
+    """Raise `Refused` unless a backup may be put at *path*: never where a node has its store."""
+    if path.is_dir():
+        raise Refused(f"{path} is a directory: name a file")
+    if path != STANDARD and (path.parent / LOCK_NAME).exists():
+        raise Refused(f"{path} is in a data directory: name a file elsewhere")
+    if path != STANDARD and not path.parent.is_dir():
+        raise Refused(f"{path.parent} is no directory: make it, or name a file elsewhere")
+
+
+def _copy_whole(directory: Path, path: Path, on_step: OnStep) -> Meta:
+    """Copy the store in *directory* to *path*, verified. Raises `Damaged` and `DamagedRow`."""
+    remove_leftovers_of_commands(directory)
+    mark = read_mark(directory)  # before the store, which goes on being written
+    snapshot = make_snapshot(directory, path, _room_for(path, directory), partial(on_step, "copy"))
+    verify_snapshot(path, partial(on_step, "verify"))
+    if missing := missing_behind(mark, snapshot.meta.position):
+        raise Damaged(f"{missing} acknowledged changes are missing at its end", missing)
     return snapshot.meta
 
 
@@ -162,6 +189,8 @@ async def restore(directory: Path, path: Path, *, replace: bool, on_step: OnStep
             raise Refused(str(error).replace(str(incoming), str(path)) + ": nothing was changed") from error
         await asyncio.to_thread(begin_new_history, incoming, new_history())
         meta = await in_thread(partial(verify_snapshot, incoming), partial(on_step, "verify again"))
+        if meta.head == 0:
+            raise Refused(f"{path} holds no change at all: nothing was changed")
         return meta, await _install(directory, incoming, meta, "replaced", only_if_empty=not replace)
 
 

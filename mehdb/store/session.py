@@ -40,15 +40,28 @@ class StoreOptions:
     retain_changes: int = 100_000
 
 
+class OpenFiles:
+    """The files of a store in *directory*, as they are when it is opened."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path, self._wal = directory / FILE_NAME, directory / WAL_NAME
+        self._file, self._wal_file = _identity(self._path), _identity(self._wal)
+
+    def vanished(self) -> bool:
+        """Return whether one has been deleted, replaced or emptied behind this process's back."""
+        lost_wal = self._wal_file is not None and _identity(self._wal) != self._wal_file
+        return lost_wal or _identity(self._path) != self._file
+
+
 class Session:
     """Open files. All methods belong to one event loop. *writer* is None where *meta* can only be read."""
 
-    def __init__(self, directory: Path, writer: Writer | None, meta: Meta, point_reader: Reader) -> None:
+    def __init__(
+        self, directory: Path, files: "OpenFiles", writer: Writer | None, meta: Meta, point_reader: Reader
+    ) -> None:
         self.writer = writer
+        self.vanished = files.vanished
         self._meta = meta
-        self._path = directory / FILE_NAME
-        self._wal = directory / WAL_NAME
-        self._file, self._wal_file = _identity(self._path), _identity(self._wal)
         self._directory = directory
         self._point_reader = point_reader
         self._pinned: Meta | None = None  # the state that point reads share a snapshot of
@@ -65,7 +78,7 @@ class Session:
                 meta = verify_opened(connection, directory)
             finally:
                 connection.close()
-            return cls(directory, None, meta, Reader(directory))
+            return cls(directory, OpenFiles(directory), None, meta, Reader(directory))
 
     @classmethod
     def open_for_writing(
@@ -101,11 +114,12 @@ class Session:
                 if mark:
                     mark.close()
                 raise
+        files = OpenFiles(directory)
         writer = Writer(
-            connection, log, mark, room,
+            connection, log, mark, room, files.vanished,
             queue_bytes_max=options.queue_bytes_max, on_commit=on_commit, on_damage=on_damage, failure=failure,
         )  # fmt: skip
-        return cls(directory, writer, log.meta, point_reader)
+        return cls(directory, files, writer, log.meta, point_reader)
 
     async def close(self) -> None:
         """Finish the queued writes, checkpoint, close the files."""
@@ -121,11 +135,6 @@ class Session:
     def meta(self) -> Meta:
         """What is durable."""
         return self.writer.meta if self.writer else self._meta
-
-    def vanished(self) -> bool:
-        """Return whether a file has been deleted, replaced or emptied behind this process's back."""
-        lost_wal = self._wal_file is not None and _identity(self._wal) != self._wal_file
-        return lost_wal or _identity(self._path) != self._file
 
     async def get(self, key: bytes) -> Change | None:
         """Return the change that *key* is live with, None if it is not live. Raises `DamagedRow`.
@@ -151,7 +160,7 @@ class Session:
         if reader is None:
             try:
                 reader = self._scanner.reader = Reader(self._directory)
-            except apsw.Error as error:
+            except (apsw.Error, OSError) as error:
                 if is_damage(error):
                     raise DamagedRow(f"the store cannot be opened again: {error}: read another node") from error
                 raise NotNow(f"the store cannot be opened once more: {error}: try again in a moment") from error

@@ -55,6 +55,7 @@ class Writer:
         changes: Log,
         mark: AcknowledgedMark,
         room: Room,
+        vanished: Callable[[], bool],
         *,
         queue_bytes_max: int,
         on_commit: Callable[[], None],
@@ -63,6 +64,7 @@ class Writer:
     ) -> None:
         """Start the thread, which owns *connection*, *changes* and *mark* from here on.
 
+        *vanished* tells whether the files are no longer where they were: what is written to them is lost then.
         *on_commit* is called on the loop after a commit, *on_damage* when compaction met some, which no caller is told;
         *failure* is done when nothing can be written any more.
         """
@@ -75,6 +77,7 @@ class Writer:
         self._log = changes
         self._mark = mark
         self._room = room
+        self._vanished = vanished
         self.meta = changes.meta  # what is durable: the thread replaces it after each COMMIT
         self.short_of_room = False  # as of the last batch
         self._failed: StoreFailed | None = None
@@ -96,8 +99,8 @@ class Writer:
 
     @property
     def checkpoint_due(self) -> bool:
-        """Whether the WAL is long enough: no snapshot may be held until the next commit has checkpointed it."""
-        return self._wal_pages >= CHECKPOINT_PAGES
+        """Whether the WAL is long enough, or takes room that is short: no snapshot may be held until it is moved."""
+        return self._wal_pages >= CHECKPOINT_PAGES or (self.short_of_room and self._wal_pages > 0)
 
     async def write(self, write: Write) -> Outcome:
         """Return the outcome of *write* once it is durable.
@@ -217,6 +220,13 @@ class Writer:
         return batch, None
 
     def _perform(self, batch: list[_Job]) -> Sequence[Outcome | None]:
+        """Return what becomes of each job of *batch*, all of which is durable."""
+        outcomes = self._committed(batch)
+        if self._failed is None and self._vanished():
+            self._failed = StoreFailed("the store was deleted or replaced while it was open: restart the node")
+        return [self._failed] * len(batch) if self._failed else outcomes
+
+    def _committed(self, batch: list[_Job]) -> Sequence[Outcome | None]:
         self._look_for_room()
         writes = [job.work for job in batch if isinstance(job.work, Write)]
         if writes:
@@ -273,6 +283,8 @@ class Writer:
         now_s = monotonic()
         if not self._heads or now_s - self._heads[-1][0] >= SQUEEZE_EVERY_S:
             self._heads.append((now_s, self._log.meta.head))
+            if self.short_of_room:
+                self._give_wal_back()
         try:
             soon = self._is_short(SQUEEZE_FACTOR)
             hard = soon and self._is_short(SQUEEZE_HARD_FACTOR)
@@ -288,6 +300,12 @@ class Writer:
             return  # what cannot be asked is no reason to fail: the write itself will say
         if soon:
             self._squeeze(SQUEEZE_HARD_AFTER_S if hard else SQUEEZE_AFTER_S)
+
+    def _give_wal_back(self) -> None:
+        """Move what is in the WAL into the file, and give back the room that it took. Where it is read, not yet."""
+        moved = self._guarded(lambda: self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE))
+        if not isinstance(moved, MehdbError):
+            self._wal_pages = 0
 
     def _squeeze(self, age_s: float) -> None:
         """Let go of the window up to what was the head *age_s* ago."""

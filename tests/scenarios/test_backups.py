@@ -76,7 +76,10 @@ def test_check_says_what_is_wrong_and_fails(backup: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("command", [["check"], ["backup", "-"], ["backup", "backup.db"]])
 def test_where_there_is_no_store_there_is_nothing_to_check_or_to_copy(tmp_path: Path, command: list[str]) -> None:
-    assert f"the store in {tmp_path} cannot be opened" in mehdb(*command, data_dir=tmp_path).failed_in_one_line
+    assert (
+        f"{tmp_path} holds no store: name another with --data-dir"
+        in mehdb(*command, data_dir=tmp_path).failed_in_one_line
+    )
     assert not list(tmp_path.iterdir())
     assert not Path("backup.db").exists()
 
@@ -146,7 +149,7 @@ def test_a_backup_asks_before_it_replaces_a_file(pair: Cluster, tmp_path: Path) 
 
 def test_a_backup_that_cannot_be_written_leaves_nothing(pair: Cluster, tmp_path: Path) -> None:
     volume = pair.leader.volume
-    assert "cannot be copied to" in mehdb("backup", tmp_path / "no" / "b.db", data_dir=volume).failed_in_one_line
+    assert "is no directory: make it" in mehdb("backup", tmp_path / "no" / "b.db", data_dir=volume).failed_in_one_line
     assert "is a directory: name a file" in mehdb("backup", tmp_path, "--yes", data_dir=volume).failed_in_one_line
     with Path("/dev/full").open("wb") as full:
         done = at_terminal("backup", "-", data_dir=volume, stdout=full.fileno())
@@ -154,6 +157,28 @@ def test_a_backup_that_cannot_be_written_leaves_nothing(pair: Cluster, tmp_path:
     assert "mehdb: - cannot be written: No space left on device" in done.shown
     assert not list(tmp_path.iterdir())
     assert not list(tmp_path.parent.glob("*.part"))
+
+
+def test_no_backup_is_made_of_a_store_that_lacks_what_it_acknowledged(cluster: Cluster, tmp_path: Path) -> None:
+    """What is left of it is sound, and would pass for a backup."""
+    node = cluster.add().start()
+    write(node, 20)
+    node.kill()
+    (node.volume / "store.db-wal").unlink()
+    line = mehdb("backup", tmp_path / "backup.db", data_dir=node.volume).failed_in_one_line
+    assert "20 acknowledged changes are missing at its end): back up another node" in line
+    assert not (tmp_path / "backup.db").exists()
+    cluster.nodes.clear()  # what is left is damaged
+
+
+def test_a_backup_without_a_change_is_not_restored(cluster: Cluster, tmp_path: Path) -> None:
+    node = cluster.add().start()
+    assert mehdb("backup", tmp_path / "empty.db", data_dir=node.volume).code == 0
+    write(node, 1)
+    refused(
+        mehdb("restore", tmp_path / "empty.db", "--replace", "--yes", data_dir=node.volume), "holds no change at all"
+    )
+    assert node.get("/get/k/0").content == b"v"
 
 
 def test_a_backup_to_standard_output_leaves_the_node_its_room(cluster: Cluster, tmp_path: Path) -> None:

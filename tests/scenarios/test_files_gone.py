@@ -1,10 +1,12 @@
 """Files that go from under a running node, or that a command is pointed at by mistake."""
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from cluster import DEADLINE_S, Cluster, Node, eventually
@@ -36,6 +38,20 @@ def test_a_node_whose_files_are_gone_acknowledges_no_more_and_says_why(
     eventually(lambda: process.poll() is not None, "the node to notice")
     assert process.returncode == 1
     assert "was deleted or replaced while it was open" in node.log
+    cluster.nodes.clear()  # what is left is no store
+
+
+@pytest.mark.parametrize("gone", ["store.db", "store.db-wal"])
+def test_nothing_is_acknowledged_into_a_deleted_file(cluster: Cluster, gone: str) -> None:
+    node = cluster.add().start()
+    assert node.put("k", b"v").is_success
+    (node.volume / gone).unlink()
+    with contextlib.suppress(httpx.TransportError):  # the node may have noticed by itself
+        assert node.put("k", b"lost").status_code == 500
+    process = node.process
+    assert process is not None
+    eventually(lambda: process.poll() is not None, "the node to end")
+    assert process.returncode == 1
     cluster.nodes.clear()  # what is left is no store
 
 

@@ -125,11 +125,12 @@ class Clients:
         under_way: set[asyncio.Task[None]] = set()
         started_s = monotonic()
         async with asyncio.TaskGroup() as tasks:
-            due = 0
-            while monotonic() < self._end_s + (DEADLINE_S if due else 0):
-                due = max(0, int((monotonic() - started_s) * RATE) - self.sent)
+            missed = 0
+            while monotonic() < self._end_s + (DEADLINE_S if missed else 0):
+                due = int((monotonic() - started_s) * RATE) - self.sent
                 room = UNDER_WAY_MAX - len(under_way) if self.ready else 0
-                for _ in range(min(due, room)):
+                missed = max(0, due - room)
+                for _ in range(due - missed):
                     self.sent += 1
                     node, key = chosen.choice(self.ready), f"key/{chosen.randrange(KEYS)}"
                     if self.sent % WRITE_EVERY == 0:

@@ -119,7 +119,7 @@ async def test_sqlite_that_may_not_grow_its_file_reports_a_full_disk(volume: Pat
     connection = open_writer(volume)
     failure: asyncio.Future[StoreFailed] = asyncio.get_running_loop().create_future()
     writer = Writer(
-        connection, Log(connection, 1000), AcknowledgedMark.open(volume), Room(volume, 0),
+        connection, Log(connection, 1000), AcknowledgedMark.open(volume), Room(volume, 0), lambda: False,
         queue_bytes_max=64 << 20, on_commit=lambda: None, on_damage=pytest.fail, failure=failure,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ How much is left is what these tests decide; how a real small volume behaves is 
 """
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,7 +23,8 @@ from mehdb.store.room import BALLAST_BYTES_MAX, BALLAST_NAME, RESERVE_SHARE, Roo
 from mehdb.store.schema import open_writer
 from mehdb.store.seal import seal
 from mehdb.store.writer import SQUEEZE_HARD_AFTER_S, Writer
-from stores import enqueue, outcomes, problems_of, put, until
+from stores import enqueue, leading, outcomes, problems_of, put, until
+from volumes import tmpfs
 
 HISTORY = History("0123456789abcdef" * 2)
 MIB = 1 << 20
@@ -109,7 +111,7 @@ async def writer(
     assert disk.syncs.total() == 0
     connection = open_writer(volume)
     writer = Writer(
-        connection, Log(connection, 1000), AcknowledgedMark.open(volume), room,
+        connection, Log(connection, 1000), AcknowledgedMark.open(volume), room, lambda: False,
         queue_bytes_max=64 * MIB, on_commit=lambda: None, on_damage=pytest.fail, failure=failure,
     )  # fmt: skip
     await writer.run(lambda log: log.adopt(HISTORY, Epoch(1)))
@@ -137,9 +139,7 @@ async def test_sets_stop_at_the_reserve_and_deletions_do_not(writer: Writer, roo
         DiskFull, None, DiskFull, KeyNotFound,
     ]  # fmt: skip
     assert (writer.meta.head, writer.meta.keys) == (201, 9)
-    room.free = RESERVE_BYTES  # but what is in the WAL will take some of it
-    assert await ends_in(writer, Write(b"new", b"v")) is DiskFull
-    room.free = RESERVE_BYTES + MIB
+    room.free = RESERVE_BYTES + MIB  # what is in the WAL will take some of it
     assert await ends_in(writer, Write(b"new", b"v")) is None
     assert not writer.short_of_room
 
@@ -219,3 +219,23 @@ async def test_a_store_says_how_much_room_it_has(leader: Store) -> None:
     assert (leader.directory / BALLAST_NAME).exists()
     assert await outcomes(await enqueue(leader, [Write(b"k", b"v")])) == [1]
     assert await put(leader, b"k", b"w") == 2
+
+
+async def taken(store: Store) -> int:
+    """Write until that is refused. Return how many bytes were taken."""
+    size_bytes = 0
+    with contextlib.suppress(DiskFull):
+        while True:
+            await store.write(Write(b"key-%d" % store.head, bytes(200_000)))
+            size_bytes += 200_000
+    return size_bytes
+
+
+async def test_on_a_small_volume_the_wal_gives_back_the_room_that_it_takes(tmp_path: Path) -> None:
+    """Or half of it would be taken by what is in the file as well."""
+    with tmpfs(tmp_path / "volume", 24 * MIB) as volume:
+        async with leading(volume, disk_reserve_bytes=RESERVE_BYTES) as store:
+            at_first = await taken(store)
+            assert at_first < 12 * MIB
+            await until(lambda: not store.short_of_room, timeout_s=5)
+            assert at_first + await taken(store) > 12 * MIB
