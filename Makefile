@@ -5,7 +5,10 @@ PORT     ?= 9876
 REPLICAS ?= 3
 DATA     ?= data
 
-.PHONY: up test soak check bench lock clean
+.PHONY: help up test soak check bench lock clean
+
+help:  ## List what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
 
 up: .venv/installed  ## Run a local cluster: PORT=9876 REPLICAS=3 DATA=data
 	@exec .venv/bin/mehdb local --replicas $(REPLICAS) --port $(PORT) --data-dir $(DATA)
