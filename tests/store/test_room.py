@@ -175,6 +175,8 @@ async def test_between_one_and_two_reserves_a_follower_that_restarts_has_time(wr
     end_s = monotonic() + 2.5 * SQUEEZE_HARD_AFTER_S
     while monotonic() < end_s:
         await writer.write(Write(b"old-0", b"v"))
+        await asyncio.sleep(SQUEEZE_HARD_AFTER_S / 20)  # between two writes: so few do not pass the window
+    assert writer.meta.head < 1000
     assert not writer.short_of_room
     assert writer.meta.floor == 0
 
