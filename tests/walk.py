@@ -5,18 +5,17 @@ import os
 import queue
 import re
 import signal
-import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import httpx
 
-from cluster import ADDRESS, check_volume, clean_environment, eventually
+from cluster import check_volume, clean_environment, eventually, free_ports
 from mehdb.store import lock_holder
 
 ROOT = Path(__file__).parents[1]
@@ -46,23 +45,10 @@ def steps(page: str) -> list[Step]:
     return found
 
 
-def quiet_ports() -> int:
-    """Return the first of some free ports that no client is ever given: a page comes to the last of them late."""
-    least = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    ranges = range(least // 2, least - PORTS, PORTS)
-    for number in range(len(ranges)):
-        first = ranges[(os.getpid() + number) % len(ranges)]
-        with ExitStack() as stack, suppress(OSError):
-            for port in range(first, first + PORTS):
-                stack.enter_context(socket.socket()).bind((ADDRESS, port))
-            return first
-    raise AssertionError("no free ports")
-
-
 @contextmanager
 def local_cluster(directory: Path) -> Iterator[int]:
     """Have `make up` run, on ports of its own, the first of which is given, and with its volumes in DIRECTORY/data."""
-    first = quiet_ports()
+    first = free_ports(PORTS)
     output = directory / "output"
     with output.open("wb") as out:
         up = subprocess.Popen(
