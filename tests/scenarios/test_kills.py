@@ -26,12 +26,12 @@ from cluster import ADDRESS, DEADLINE_S, Cluster, Node, clean_environment, event
 from wire import NO_HEADERS
 
 WRITERS = 16
-KEYS_EACH = 50  # few enough that most writes overwrite or delete something
+KEYS_EACH = 20  # few enough that most writes overwrite or delete something
 LARGE_BYTES = 100_000  # beyond what a point read answers on the event loop
 SAMPLE = 100  # keys compared after each round, beside those that were written since the last one
-PACE_S = 0.01  # at most, between a writer's writes: nodes that start need the core too
+PACE_S = 0.04  # at most, between a writer's writes: nodes that start need the core too
 KEPT = {"MEHDB_RETAIN_CHANGES": "100000", "MEHDB_SNAPSHOT_LAG": "100000"}  # the default
-COMPACTED = {"MEHDB_RETAIN_CHANGES": "1000", "MEHDB_SNAPSHOT_LAG": "300"}  # more are missed while a node starts
+COMPACTED = {"MEHDB_RETAIN_CHANGES": "1000", "MEHDB_SNAPSHOT_LAG": "200"}  # more are missed while a node starts
 PAUSE_S = 0.05  # before a writer tries again what was refused, or found nobody
 
 
