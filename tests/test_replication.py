@@ -286,6 +286,7 @@ async def test_a_diverged_follower_asks_more_and_more_seldom_and_follows_again_w
 async def test_a_follower_that_serves_goes_on_when_its_leader_lies(tmp_path: Path) -> None:
     async with scene(tmp_path) as stage:
         await soon(lambda: stage.follower.state is State.SERVING, "the follower to serve")
+        await soon(lambda: stage.leader.asked[-1].query["wait"] == str(WAIT_S), "its long poll")
         stage.lie(INVALID["later changes"](stage.truth))
         await stage.write()  # ends the long poll, which is still an honest one
         await soon(lambda: stage.leader.asked[-1].query["after"] == str(stage.truth.head), "the next long poll")

@@ -275,8 +275,21 @@ class Writer:
 
     def _reuse_wal(self) -> bool:
         """Have the WAL written from its start again, rather than grow. Return whether all of it could be moved."""
-        moved = self._guarded(lambda: self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE))
+        moved = self._move_wal(apsw.SQLITE_CHECKPOINT_PASSIVE)
         return not isinstance(moved, MehdbError) and 0 < moved[0] == moved[1]
+
+    def _move_wal(self, mode: int) -> tuple[int, int] | MehdbError:
+        """Move what is in the WAL into the file: how many pages were in it and how many were moved, or an error.
+
+        Not where the file has no room for all of it: what is left is worth more to deletions than half of that.
+        """
+
+        def move() -> tuple[int, int]:
+            if self._log.owed_bytes() > self._room.free_bytes():
+                raise _no_room()
+            return self._connection.wal_checkpoint(mode=mode)
+
+        return self._guarded(move)
 
     def _look_for_room(self) -> None:
         """Find out whether the volume is short of room; if so, let go of what the window retains."""
@@ -303,8 +316,7 @@ class Writer:
 
     def _give_wal_back(self) -> None:
         """Move what is in the WAL into the file, and give back the room that it took. Where it is read, not yet."""
-        moved = self._guarded(lambda: self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE))
-        if not isinstance(moved, MehdbError):
+        if not isinstance(self._move_wal(apsw.SQLITE_CHECKPOINT_TRUNCATE), MehdbError):
             self._wal_pages = 0
 
     def _squeeze(self, age_s: float) -> None:
@@ -327,7 +339,7 @@ class Writer:
         self._loop.call_soon_threadsafe(self._acknowledge, batch, outcomes)
 
     def _checkpoint(self) -> None:
-        self._guarded(lambda: self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE))
+        self._move_wal(apsw.SQLITE_CHECKPOINT_PASSIVE)
         self._wal_pages = 0  # until the next commit says how many there are
         if self._failed:
             self._publish([], [])  # so that it is known at once, not at the next write
