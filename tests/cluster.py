@@ -42,12 +42,18 @@ def eventually(look: Callable[[], T], what: str, deadline_s: float = DEADLINE_S)
         time.sleep(PAUSE_S)  # between two looks, not instead of one
 
 
+PORTS_OF_A_RUN = 2048
+
+
 def _ports() -> Iterator[int]:
-    """Yield ports below those that the kernel gives to clients. Another run begins elsewhere."""
+    """Yield ports below those that the kernel gives to clients, over and over. Two runs at once share none of them."""
     least = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    ports = range(least // 2, least)
-    start = os.getpid() * 97 % len(ports)
-    return itertools.cycle([*ports[start:], *ports[:start]])
+    with socket.socket(socket.AF_UNIX) as lock:
+        for begin in range(least // 2, least - PORTS_OF_A_RUN + 1, PORTS_OF_A_RUN):
+            with contextlib.suppress(OSError):
+                lock.bind(f"\0mehdb-tests-{begin}")  # in no directory, and gone with this process
+                yield from itertools.cycle(range(begin, begin + PORTS_OF_A_RUN))
+    raise RuntimeError("as many runs of these tests as there are ports for: wait for one to end")
 
 
 PORTS = _ports()
