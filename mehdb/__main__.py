@@ -2,6 +2,9 @@
 
 import signal
 import sys
+from typing import Final
+
+INTERRUPTED: Final = 128 + signal.SIGINT  # what a shell says of a command that Ctrl-C ended
 
 
 def main() -> None:
@@ -10,9 +13,12 @@ def main() -> None:
         # A container's first process has no default handlers: without one, SIGTERM would be passed over meanwhile.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to drain yet
-    from mehdb import cli  # only here: it takes some tenths of a second
+    try:
+        from mehdb import cli  # only here: it takes some tenths of a second
 
-    cli.main()
+        cli.main()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

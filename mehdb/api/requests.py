@@ -64,6 +64,8 @@ class Parameters:
             raise BadParameter("a '%' in a query must be sent as %25, or be followed by two hexadecimal digits")
         try:
             pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=PARAMETERS_MAX)
+        except UnicodeDecodeError as error:
+            raise BadParameter("a query must be UTF-8, percent-encoded") from error
         except ValueError as error:
             raise BadParameter(f"the query cannot be read: {error}") from error
         self._values = dict(pairs)

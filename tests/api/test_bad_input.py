@@ -81,6 +81,13 @@ def test_a_bad_parameter_of_a_listing_is_refused(leader: Node, query: str) -> No
     assert_error(ask(leader, "GET", f"/keys?{query}"), 400, "bad_parameter")
 
 
+@pytest.mark.parametrize("query", ["prefix=%FF", "after=%C3"])
+def test_a_query_that_is_no_utf8_is_told_so(leader: Node, query: str) -> None:
+    reply = ask(leader, "GET", f"/keys?{query}")
+    assert_error(reply, 400, "bad_parameter")
+    assert reply.json["message"] == "a query must be UTF-8, percent-encoded"
+
+
 @pytest.mark.parametrize("query", ["level=", "level=FULL", "level=full&level=full"])
 def test_a_bad_level_of_a_status_is_refused(leader: Node, query: str) -> None:
     assert_error(ask(leader, "GET", f"/status?{query}"), 400, "bad_parameter")
