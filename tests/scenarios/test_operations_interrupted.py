@@ -19,6 +19,7 @@ from mehdb.store import CommandLock, Store, StoreOptions, Write, check_directory
 
 KEYS = 8
 VALUE = bytes(1 << 20)  # large enough that each step of a command can be met
+TRIES = 3  # to meet it, where the machine has other things to do as well
 LOOK_EVERY_S = 0.0005
 
 
@@ -76,11 +77,14 @@ def test_a_restore_that_is_killed_leaves_the_old_store_or_the_new_one(cluster: C
     node = cluster.start(1).leader
     write(node, "backup", KEYS)
     backup = backup_of(node, tmp_path / "backup.db")
-    kills = 0
-    for number, moment in enumerate(MOMENTS):
+    met = set()
+    for number, moment in enumerate(list(MOMENTS) * TRIES):
+        if moment in met:
+            continue
         write(node, f"since/{number}", 1)
         old, keys = node.position(), node.get("/keys").json()
-        kills += killed(node, moment, "restore", backup, "--replace", "--yes")
+        if killed(node, moment, "restore", backup, "--replace", "--yes"):
+            met.add(moment)
         eventually(lambda: settled(node, ("serving",)), f"the leader to go on, killed {moment}")
         if node.position()["history"] == old["history"]:
             assert (node.position(), node.get("/keys").json()) == (old, keys), moment
@@ -88,7 +92,7 @@ def test_a_restore_that_is_killed_leaves_the_old_store_or_the_new_one(cluster: C
             assert node.position()["revision"] == KEYS, moment
             assert all(key.startswith("backup/") for key in node.get("/keys").json()), moment
         assert not check_directory(node.volume).problems, moment
-    assert kills >= len(MOMENTS) - 1, "the links in between are there for microseconds only"
+    assert len(met) >= len(MOMENTS) - 1, "the links in between are there for microseconds only"
     assert mehdb("restore", backup, "--replace", "--yes", data_dir=node.volume).code == 0
     assert not list(node.volume.glob("store.db.incoming*")), "the next command removes what one has left half made"
 
@@ -98,16 +102,20 @@ def test_a_rejoin_that_is_killed_leaves_the_old_store_or_the_new_one(cluster: Cl
     write(leader, "k", KEYS)
     cluster.converge()
     backup = backup_of(leader, tmp_path / "backup.db")
-    assert mehdb("restore", backup, "--replace", "--yes", data_dir=leader.volume).code == 0
-    eventually(lambda: settled(follower, ("diverged",)), "the follower to notice")
-    before, kills = follower.position(), 0
-    for moment in MOMENTS:
+    before, met = follower.position(), set()
+    for moment in list(MOMENTS) * TRIES:
+        if moment in met:
+            continue
+        if follower.position() == leader.position():  # nothing to rejoin: the one before was done
+            assert mehdb("restore", backup, "--replace", "--yes", data_dir=leader.volume).code == 0
+            eventually(lambda: settled(follower, ("diverged",)), "the follower to notice")
         old = follower.position()
-        kills += killed(follower, moment, "rejoin", "--yes")
+        if killed(follower, moment, "rejoin", "--yes"):
+            met.add(moment)
         eventually(lambda: settled(follower, ("diverged", "serving")), f"the follower to go on, killed {moment}")
         assert follower.position() in (old, leader.position()), moment
         assert not check_directory(follower.volume).problems, moment
-    assert kills >= len(MOMENTS) - 1
+    assert len(met) >= len(MOMENTS) - 1
     if follower.position() != leader.position():  # the last of those that were killed may have been done before
         assert mehdb("rejoin", "--yes", data_dir=follower.volume).code == 0
     assert cluster.converge() == leader.position()
