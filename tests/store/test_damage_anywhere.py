@@ -24,7 +24,7 @@ from damages import BASES, FRAME_BYTES, WAL_HEADER_BYTES
 from disk import WAL
 from stores import RAM
 
-# How many cases of each base. The closed one's first 900 are each page and each bit of the header.
+# How many cases of each base: 5,300. The closed one's first 900 are each page and each bit of the header.
 CASES: Final = {"closed": 1800, "compacted": 800, "killed": 800, "backfilled": 800, "restarted": 1100}
 
 
@@ -86,17 +86,18 @@ def examined(base: Path, sort: str, last: int, mark: str = "with mark") -> Findi
 
 
 @pytest.mark.parametrize(
-    "times", [1, pytest.param(2, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])], ids=["once", "soak"]
+    "part", [0.2, pytest.param(1, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])], ids=["short", "soak"]
 )
-def test_a_damage_anywhere_is_never_served(bases: Path, times: int) -> None:
+def test_a_damage_anywhere_is_never_served(bases: Path, part: float) -> None:
+    cases = {kind: round(CASES[kind] * part) for kind in BASES}
     with ThreadPoolExecutor(2) as pool:
-        found = Findings.of(pool.map(lambda kind: examined(bases / kind, "anywhere", CASES[kind] * times), BASES))
+        found = Findings.of(pool.map(lambda kind: examined(bases / kind, "anywhere", cases[kind]), BASES))
     print(
         f"damage: {found.cases} damages, {found.refused} refused at opening, {found.errors} errors in reads, "
         f"{len(found.wrong)} wrong values, {len(found.signals)} signals"
     )
     assert (found.wrong, found.signals, found.unexpected) == ([], [], [])
-    assert found.cases >= 5000
+    assert found.cases == sum(cases.values())
     assert found.refused < found.cases * 0.9, "most of a damaged store can still be read"
     assert found.errors > 1000
 
@@ -104,7 +105,7 @@ def test_a_damage_anywhere_is_never_served(bases: Path, times: int) -> None:
 @pytest.mark.parametrize(
     "kinds",
     [
-        pytest.param(("backfilled", "restarted"), id="short"),
+        pytest.param(("backfilled",), id="short"),
         pytest.param(("killed", "backfilled", "restarted"), marks=pytest.mark.soak, id="soak"),
     ],
 )
