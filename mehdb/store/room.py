@@ -29,6 +29,11 @@ class Room:
         volume = os.statvfs(self._directory)
         return volume.f_bavail * volume.f_frsize
 
+    def may_hold(self, size_bytes: int) -> bool:
+        """Return whether so much more may fit: what is left to root counts, and not every volume tells."""
+        volume = os.statvfs(self._directory)
+        return volume.f_blocks == 0 or size_bytes <= volume.f_bfree * volume.f_frsize
+
     def reserve_bytes(self) -> int:
         """Return how much of this volume is kept free."""
         volume = os.statvfs(self._directory)

@@ -165,8 +165,8 @@ class Writer:
             self._publish(batch, self._perform(batch))
             if with_checkpoint:  # after acknowledging, which need not wait
                 self._checkpoint()
-        done = self._guarded(lambda: self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE))
-        if isinstance(done, MehdbError):  # what the WAL holds is for the restart to verify, not to pass on and delete
+        if isinstance(self._move_wal(apsw.SQLITE_CHECKPOINT_TRUNCATE), MehdbError):
+            # What the WAL holds is for the restart to verify, not to pass on and delete.
             self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         self._connection.close()
         self._mark.close()
@@ -285,7 +285,7 @@ class Writer:
         """
 
         def move() -> tuple[int, int]:
-            if self._log.owed_bytes() > self._room.free_bytes():
+            if not self._room.may_hold(self._log.owed_bytes()):
                 raise _no_room()
             return self._connection.wal_checkpoint(mode=mode)
 
@@ -339,8 +339,8 @@ class Writer:
         self._loop.call_soon_threadsafe(self._acknowledge, batch, outcomes)
 
     def _checkpoint(self) -> None:
-        self._move_wal(apsw.SQLITE_CHECKPOINT_PASSIVE)
-        self._wal_pages = 0  # until the next commit says how many there are
+        if not isinstance(self._move_wal(apsw.SQLITE_CHECKPOINT_PASSIVE), DiskFull):
+            self._wal_pages = 0  # until the next commit says how many there are
         if self._failed:
             self._publish([], [])  # so that it is known at once, not at the next write
 

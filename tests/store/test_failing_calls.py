@@ -108,7 +108,8 @@ def traced(directory: Path, *arguments: str) -> "subprocess.CompletedProcess[str
 def counted(template: Template, tmp_path: Path) -> dict[str, int]:
     """Return how often each call is made, in the thread that makes it most often: strace counts in each."""
     log = tmp_path / "strace.log"
-    done = traced(template.copied(tmp_path / "counted"), "-e", f"trace={','.join(CALLS)}", "-o", str(log))
+    calls_there_are = ",".join(f"?{call}" for call in CALLS)  # not every processor has all
+    done = traced(template.copied(tmp_path / "counted"), "-e", f"trace={calls_there_are}", "-o", str(log))
     assert done.stdout.splitlines()[-1:] == ["closed"], done.stderr
     calls = Counter(re.findall(r"^(\d+) +(\w+)\(", log.read_text(), re.MULTILINE))
     return {name: max((count for (_, called), count in calls.items() if called == name), default=0) for name in CALLS}
@@ -174,5 +175,5 @@ async def test_nothing_is_lost_by_a_call_that_fails(template: Template, tmp_path
             raise
         ended[said[-1] if said else "nothing"] += 1
         shutil.rmtree(directory)
-    assert ended["closed"] < len(failures)  # or none of them was noticed
+    assert 0 < ended["closed"] < len(failures)  # some do no harm, and some are noticed
     print(f"failing calls: {len(failures)} failures, 0 acknowledged writes lost; the last thing said: {dict(ended)}")

@@ -40,6 +40,10 @@ class VolumeOf(Room):
         """Return how much may still be written."""
         return self.free
 
+    def may_hold(self, size_bytes: int) -> bool:
+        """Return whether so much more may fit."""
+        return size_bytes <= self.free
+
 
 @pytest.fixture
 def room(volume: Path) -> VolumeOf:

@@ -131,7 +131,7 @@ class Lives(RuleBasedStateMachine):
         async def leave() -> None:
             [task] = await enqueue(self.leader, [write])
             task.cancel()
-            await until(lambda: task.done() and not self.leader.queue_bytes, timeout_s=2)
+            await until(lambda: task.done() and not self.leader.queue_bytes)
 
         self.run(leave())
         self.expect(write)
