@@ -119,7 +119,7 @@ class Proxy:
         for connection in tuple(self._connections):
             connection.meet(fault)
         if fault.kind is Kind.REFUSE:
-            self._close()
+            await self._close()
         elif self._server is None:
             self._server = await asyncio.start_server(self._accept, sock=_bound(self.port), backlog=64)
         self.changed.set()
@@ -167,14 +167,18 @@ class Proxy:
             connection.leave()
             self._connections.discard(connection)
 
-    def _close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+    async def _close(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            for listening in server.sockets:
+                asyncio.get_running_loop().remove_reader(listening)
+            # What has been accepted becomes a connection first: asyncio loses it if its server is closed before that.
+            await asyncio.sleep(0)
+            server.close()
 
     async def close(self) -> None:
         """End everything."""
-        self._close()
+        await self._close()
         for connection in tuple(self._connections):  # a task that is cancelled before it has begun closes nothing
             connection.end()
         tasks = list(self.tasks)
