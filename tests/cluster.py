@@ -48,9 +48,8 @@ LEAST_USUAL = 32768  # the first port that clients get, on most machines
 
 def _ports() -> Iterator[int]:
     """Yield ports below those that the kernel gives to clients, over and over. Two runs at once share none of them."""
-    least = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    if least < LEAST_USUAL:  # clients get nearly all: there is no better place, and they seldom get one of these
-        least = LEAST_USUAL
+    # Where clients get nearly all there is no better place, and they seldom get one of these.
+    least = max(LEAST_USUAL, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
     with socket.socket(socket.AF_UNIX) as lock:
         for begin in range(least // 2, least - PORTS_OF_A_RUN + 1, PORTS_OF_A_RUN):
             with contextlib.suppress(OSError):

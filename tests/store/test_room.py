@@ -13,7 +13,7 @@ from time import monotonic
 import apsw
 import pytest
 
-from disk import WAL, Disk
+from disk import DATABASE, WAL, Disk
 from mehdb.errors import DiskFull, KeyNotFound, MehdbError, StoreFailed
 from mehdb.model import Change, Epoch, History, Page, Revision
 from mehdb.store import Store, Write
@@ -217,6 +217,26 @@ async def test_on_a_full_volume_the_ballast_is_spent_once(
     assert not failure.done()
     assert await ends_in(writer, Write(b"old-0", None)) is None
     assert problems_of(volume) == ()
+
+
+async def test_a_store_that_is_closed_without_room_for_what_is_in_the_wal_keeps_it_there(
+    writer: Writer, room: VolumeOf, volume: Path
+) -> None:
+    """Half of it in the file would take what deletions need after the restart."""
+    room.free = 0
+    before = (volume / DATABASE).stat().st_size
+    await writer.close()
+    assert (volume / DATABASE).stat().st_size == before
+    assert (volume / WAL).stat().st_size > 0
+    assert problems_of(volume) == ()
+
+
+def test_a_volume_that_does_not_tell_its_size_may_hold_anything(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "limited", MIB) as limited:
+        assert Room(limited, 0).may_hold(MIB // 2)
+        assert not Room(limited, 0).may_hold(MIB + 1)
+    with tmpfs(tmp_path / "unlimited", 0) as unlimited:
+        assert Room(unlimited, 0).may_hold(1 << 50)
 
 
 async def test_a_store_says_how_much_room_it_has(leader: Store) -> None:
