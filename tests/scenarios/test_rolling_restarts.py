@@ -248,6 +248,9 @@ async def test_a_node_that_is_killed_is_noticed(cluster: Cluster) -> None:
     async with clients.running():
         for _ in range(10):  # the next probe may come before the next request
             if not clients.outcomes["resets"]:
+                async with asyncio.timeout(DEADLINE_S):  # before that, nobody sends it anything
+                    while follower not in clients.ready:  # noqa: ASYNC110  probed in this same loop
+                        await asyncio.sleep(1 / RATE)
                 await asyncio.to_thread(follower.kill)
                 await asyncio.to_thread(follower.start)
     assert clients.outcomes["resets"] > 0
