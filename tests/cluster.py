@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +29,7 @@ T = TypeVar("T")
 ADDRESS = "127.0.0.1"
 DEADLINE_S = 20.0  # for what takes well under a second on an idle machine
 PAUSE_S = 0.02
+ASK_EVERY_S = 1.0  # after 4 s of silence a follower no longer counts as connected
 # One for all: making one takes longer than a request. It keeps no connections, as the node at the other end may die.
 CLIENT = httpx.Client(timeout=DEADLINE_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
@@ -159,6 +162,32 @@ class Node:
     def position(self) -> dict[str, Any]:
         position = self.get("/position").json()
         return {name: position[name] for name in ("history", "revision", "chain")}
+
+
+@contextmanager
+def lagging(node: Node, leader: Node) -> Iterator[None]:
+    """Have *node* stand still, but count as connected, however long the block takes.
+
+    In its name another asks the *leader* for more, as often as it would, and holds what it held.
+    """
+    assert node.process is not None
+    node.process.send_signal(signal.SIGSTOP)
+    over = threading.Event()
+    held = leader.position()  # what is there before the block is durable on *node*, or was never
+
+    def ask() -> None:
+        place = {"history": held["history"], "after": held["revision"], "chain": held["chain"]}
+        while not over.wait(ASK_EVERY_S):
+            leader.get("/replicate", params=place | {"node": node.name, "snapshot": "no"})
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        asking.join()
+        node.process.send_signal(signal.SIGCONT)
 
 
 async def check_volume(volume: Path) -> None:

@@ -311,7 +311,8 @@ def test_a_single_leader_starts_with_no_setting_at_all(tmp_path: Path) -> None:
     )  # fmt: skip
     try:
         url = f"http://{ADDRESS}:{port}"
-        assert curl("--retry", "50", "--retry-delay", "0", "--retry-connrefused", f"{url}/status") == b"leader"
+        curl("--retry", "15", "--retry-delay", "1", "--retry-connrefused", f"{url}/readyz")
+        assert curl(f"{url}/status") == b"leader"
         assert curl("-XPUT", "-d", "v", f"{url}/set/k") == b"WRITE completed"
         assert (tmp_path / "data" / "store.db").exists()
         process.terminate()

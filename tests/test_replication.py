@@ -403,9 +403,9 @@ async def test_a_follower_behind_tells_by_how_much(tmp_path: Path) -> None:
         return await honest(stage.truth)(request)
 
     async with scene(tmp_path, answer=step_by_step) as stage:
+        assert stage.follower.problem == "at revision 0, must reach the leader"
         for number in range(4):
             await stage.write(b"large/%d" % number, bytes(600_000))
-        assert stage.follower.problem == "at revision 0, must reach the leader"
         first.set()
         await soon(lambda: stage.copy.head, "the first page")
         problem = f"at revision {stage.copy.head}, must reach {stage.truth.head}"

@@ -22,7 +22,7 @@ log = logging.getLogger("mehdb.recovery")
 SILENT_TIMEOUT_S: Final = 10.0  # how long a store with data waits for a peer that exists and does not answer
 ASK_EVERY_S: Final = 0.5
 ASK_MOST_S: Final = 5.0  # between two tries to take a peer's data: each may have it copy its whole store
-ASK_AGAIN_S: Final = 2.0  # between two looks at peers that seem to hold more
+ASK_AGAIN_S: Final = 2.0  # between two looks at peers that seem to hold more, or for room on the volume
 PEERS_MAX: Final = 128  # with those that have shown up by themselves
 ASKED_AT_ONCE: Final = 8  # pods have consecutive ordinals: where so many in a row do not exist, no more are looked for
 EPOCH_STEP_MAX: Final = 1_000_000  # a store that is older than so many starts is none of ours: who says so is wrong
@@ -93,7 +93,7 @@ class Leader:
                     await self._forget_guests()  # they came by themselves, and would again
             except (PeerError, Compacted, DiskFull, DamagedRow, NotNow) as error:
                 self.problem = f"{error.code}: {error}"
-                delay_s = min(2 * delay_s, ASK_MOST_S)
+                delay_s = min(2 * delay_s, ASK_AGAIN_S if isinstance(error, DiskFull) else ASK_MOST_S)
             if self.problem and self.problem != said:
                 log.warning('not leading yet state=%s reason="%s"', self.state, self.problem)
                 said = self.problem

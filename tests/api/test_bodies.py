@@ -297,20 +297,21 @@ def test_curl_sends_a_large_value_and_gets_it_back(leader: Node) -> None:
 # The queue.
 
 
-def test_writes_beyond_the_queue_are_told_to_come_back(hasty: Node) -> None:
+def test_writes_beyond_the_queue_are_told_to_come_back(cluster: Cluster) -> None:
     """The node is stopped while the ends of all bodies arrive, so that it has all of them at once when it goes on."""
+    node = cluster.add(MEHDB_MAX_VALUE=str(QUEUE_BYTES), MEHDB_QUEUE_SIZE=str(QUEUE_BYTES)).start()
     size_bytes = QUEUE_BYTES // 2 - 1000
-    assert hasty.process is not None
+    assert node.process is not None
     with ExitStack() as stack:
-        writers = [stack.enter_context(Connection(hasty)) for _ in range(8)]
+        writers = [stack.enter_context(Connection(node)) for _ in range(8)]
         for number, writer in enumerate(writers):
             writer.send(put_head(f"queued/{number}", Content_Length=size_bytes) + bytes(size_bytes - 1))
-        hasty.process.send_signal(signal.SIGSTOP)
+        node.process.send_signal(signal.SIGSTOP)
         try:
             for writer in writers:
                 writer.send(b"\n")
         finally:
-            hasty.process.send_signal(signal.SIGCONT)
+            node.process.send_signal(signal.SIGCONT)
         replies = [writer.reply() for writer in writers]
         refused = [reply for reply in replies if reply.status == 503]
         assert refused
@@ -322,4 +323,4 @@ def test_writes_beyond_the_queue_are_told_to_come_back(hasty: Node) -> None:
             assert (there.status == 200) == (reply.status == 200), "written exactly if acknowledged"
             if reply.status == 503:
                 assert writer.ask("PUT", f"/set/queued/{number}", bytes(size_bytes)).status == 200
-    assert hasty.status().queue_bytes == 0
+    assert node.status().queue_bytes == 0

@@ -23,8 +23,9 @@ def without_wal(volume: Path) -> None:
 
 
 def with_a_flip_in_the_wal(volume: Path) -> None:
-    assert (volume / WAL).stat().st_size > WAL_HEADER_BYTES + 20 * FRAME_BYTES
-    flip(volume / WAL, WAL_HEADER_BYTES + 12 * FRAME_BYTES + 1000)
+    frames = ((volume / WAL).stat().st_size - WAL_HEADER_BYTES) // FRAME_BYTES
+    assert frames >= 4, "of the last commit, and of one before"
+    flip(volume / WAL, WAL_HEADER_BYTES + frames // 2 * FRAME_BYTES + 1000)
 
 
 def with_an_older_database(volume: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 import httpx
 import pytest
 
-from cluster import DEADLINE_S, Cluster, Node, eventually
+from cluster import DEADLINE_S, Cluster, Node, eventually, lagging
 from commands import mehdb, started
 from mehdb.replication import WAIT_S
 from mehdb.store import lock_holder
@@ -220,7 +220,7 @@ def test_a_drain_names_who_is_missing_and_fails(cluster: Cluster) -> None:
     leader, slow, quick = cluster.start(3).nodes
     leader.put("k", b"v")
     cluster.converge()
-    with paused(slow, leader):
+    with lagging(slow, leader):
         leader.put("k", b"w")
         tell(leader, signal.SIGUSR1)
         eventually(lambda: quick.put("k", b"x").status_code == 503, "the other follower to be told")
@@ -249,7 +249,7 @@ def test_a_drain_without_wait_returns_at_once(cluster: Cluster) -> None:
     leader, follower = cluster.start(2).nodes
     leader.put("k", b"v")
     cluster.converge()
-    with paused(follower, leader):
+    with lagging(follower, leader):
         leader.put("k", b"w")
         done = mehdb("drain", data_dir=leader.volume)
         assert (done.code, done.said) == (0, "")

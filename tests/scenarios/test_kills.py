@@ -282,15 +282,16 @@ class Killer:
             node.environment |= shuffled.choice([KEPT, COMPACTED])
             spawn(node)
         if shuffled.random() < (0.1 if victims[-1] is leader else 0.3):  # a follower may be taking a snapshot then
-            start_s, more_s = shuffled.uniform(0, 2.5), shuffled.uniform(0, 0.05)
+            start_s = shuffled.choice([shuffled.uniform(0, 2.5), DEADLINE_S])
+            more_s = shuffled.uniform(0, 0.05)
             await asyncio.to_thread(self._kill_again, victims[-1], start_s, more_s)
         for node in self._cluster.nodes:
             await asyncio.to_thread(wait_until_ready, node)
 
     def _kill_again(self, node: Node, start_s: float, more_s: float) -> None:
-        """Kill *node* up to *start_s* after its start, but *more_s* after a snapshot has begun to arrive."""
+        """Kill *node* up to *start_s* after its start, or *more_s* after it is ready or a snapshot begins to arrive."""
         end_s = monotonic() + start_s
-        while monotonic() < end_s and not arriving(node).exists():
+        while monotonic() < end_s and not arriving(node).exists() and not node.ready():
             sleep(0.001)
         sleep(more_s)
         self.kill(node)
@@ -309,7 +310,7 @@ def arriving(node: Node) -> Path:
 
 
 @pytest.mark.parametrize(
-    "least", [8, pytest.param(300, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])], ids=["short", "soak"]
+    "least", [8, pytest.param(300, marks=[pytest.mark.soak, pytest.mark.timeout(1500)])], ids=["short", "soak"]
 )
 async def test_nothing_acknowledged_is_lost_by_kills_at_random_moments(cluster: Cluster, least: int) -> None:
     """Each round ends with all nodes at one position, compared with all that was acknowledged so far."""

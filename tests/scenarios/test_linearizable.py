@@ -15,7 +15,7 @@ from time import monotonic
 
 import pytest
 
-from cluster import Cluster, Node, eventually
+from cluster import DEADLINE_S, Cluster, Node, eventually
 from linearizability import Kind, Log, Operation, check, in_doubt, read, refused, write
 from mehdb.model import GENESIS, ORIGIN, Position
 from mehdb.store import Store
@@ -59,7 +59,8 @@ class Clients:
     async def more(self, count: int) -> None:
         """Wait until *count* more operations are taken down."""
         goal = len(self.history) + count
-        await asyncio.to_thread(eventually, lambda: len(self.history) >= goal, f"{count} more operations")
+        what, deadline_s = f"{count} more operations", 6 * DEADLINE_S
+        await asyncio.to_thread(eventually, lambda: len(self.history) >= goal, what, deadline_s)
 
     async def _repeat(self, act: Callable[[Connection], Awaitable[bool]]) -> None:
         """Do *act* again and again, after a pause where it was refused."""

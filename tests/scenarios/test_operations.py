@@ -3,14 +3,13 @@
 import asyncio
 import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster import Cluster, Node, eventually, running
+from cluster import Cluster, Node, eventually, lagging, running
 from commands import asked_and_answered, at_terminal, entries, kept, mehdb, refused, values, write
 from mehdb.control import Control
 from mehdb.store import check_directory
@@ -270,15 +269,11 @@ def test_a_drain_waits_until_the_followers_hold_everything(cluster: Cluster) -> 
 
 def test_a_drain_says_who_is_missing(cluster: Cluster) -> None:
     leader, follower = cluster.start(2).nodes
-    assert follower.process is not None
-    follower.process.send_signal(signal.SIGSTOP)
-    try:
+    with lagging(follower, leader):
         write(leader, KEYS)
         done = mehdb("drain", "--wait", "--timeout", "0.2", data_dir=leader.volume)
         assert (done.code, done.shown) == (1, "")
         assert done.said == "draining: 0 bytes and 0 requests under way; behind the head: mehdb-1\n"
         assert mehdb("drain", data_dir=leader.volume).code == 0, "it does not wait unless told so"
-    finally:
-        follower.process.send_signal(signal.SIGCONT)
     done = mehdb("drain", "--wait", data_dir=leader.volume)
     assert done.code == 0, done

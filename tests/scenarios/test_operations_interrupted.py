@@ -97,6 +97,7 @@ def test_a_restore_that_is_killed_leaves_the_old_store_or_the_new_one(cluster: C
     assert not list(node.volume.glob("store.db.incoming*")), "the next command removes what one has left half made"
 
 
+@pytest.mark.timeout(600)
 def test_a_rejoin_that_is_killed_leaves_the_old_store_or_the_new_one(cluster: Cluster, tmp_path: Path) -> None:
     leader, follower = cluster.start(2).nodes
     write(leader, "k", KEYS)

@@ -31,6 +31,7 @@ ELSEWHERE: Final = (
 IN_PODS: Final = [match[1] for text in LINES + SPANS if (match := re.match(EXEC + r".*?-- (mehdb [^|&<>]*)", text))]
 
 
+@pytest.mark.timeout(600)
 def test_every_command_of_the_page_does_what_it_shows(tmp_path: Path) -> None:
     """Scenario by scenario, in one shell beside one local cluster; only the ports and the folder are others."""
     walk = steps(PAGE)

@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from cluster import ADDRESS, Cluster, Node, curl
+from cluster import ADDRESS, DEADLINE_S, Cluster, Node, curl
 
 
 def exchange(node: Node, request: bytes) -> bytes:
     """Return all that *node* answers to a raw *request*, until it closes the connection or is silent for a second."""
     with socket.create_connection((ADDRESS, node.port), timeout=5) as connection:
         connection.sendall(request)
-        connection.settimeout(1)
+        connection.settimeout(DEADLINE_S)
         answer = b""
         try:
             while chunk := connection.recv(65536):
                 answer += chunk
+                connection.settimeout(1)
         except TimeoutError:
             pass
         return answer

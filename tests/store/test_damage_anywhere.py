@@ -106,7 +106,9 @@ def test_a_damage_anywhere_is_never_served(bases: Path, part: float) -> None:
     "kinds",
     [
         pytest.param(("backfilled",), id="short"),
-        pytest.param(("killed", "backfilled", "restarted"), marks=pytest.mark.soak, id="soak"),
+        pytest.param(
+            ("killed", "backfilled", "restarted"), marks=[pytest.mark.soak, pytest.mark.timeout(1800)], id="soak"
+        ),
     ],
 )
 def test_a_damage_to_any_frame_of_the_wal_is_never_served(bases: Path, kinds: tuple[str, ...]) -> None:

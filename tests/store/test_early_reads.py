@@ -106,14 +106,14 @@ async def test_no_value_is_seen_before_its_sync_however_long_that_takes(
         store = await stack.enter_async_context(
             leading(tmp_path / "read") if leader is None else opened(tmp_path / "read")
         )
-        await stack.enter_async_context(asyncio.timeout(60))
+        await stack.enter_async_context(asyncio.timeout(200))
         clients = [asyncio.create_task(write_on(leader or store, number)) for number in [itertools.count(1)] * 4]
         if leader is not None:
             clients.append(asyncio.create_task(follow_on(store, leader)))
         seen, syncs = Seen(disk), disk.syncs[WAL]
         disk.slow = True
         clients += [asyncio.create_task(seen.read_on(store, random.Random(n))) for n in range(READERS)]
-        await until(lambda: disk.syncs[WAL] >= syncs + SYNCS, timeout_s=10 * SYNCS * SYNC_TAKES_S)
+        await until(lambda: disk.syncs[WAL] >= syncs + SYNCS, timeout_s=25 * SYNCS * SYNC_TAKES_S)
         assert [client for client in clients if client.done()] == []
 
         # The control: what is on its way is in the files, so that a reader that only looked there would see it.

@@ -263,5 +263,5 @@ async def test_on_a_small_volume_the_wal_gives_back_the_room_that_it_takes(tmp_p
         async with leading(volume, disk_reserve_bytes=RESERVE_BYTES) as store:
             at_first = await taken(store)
             assert at_first < 12 * MIB
-            await until(lambda: not store.short_of_room, timeout_s=5)
+            await until(lambda: not store.short_of_room, timeout_s=20)
             assert at_first + await taken(store) > 12 * MIB

@@ -56,11 +56,12 @@ async def test_who_gives_up_waits_for_the_next_step_and_no_longer() -> None:
 async def test_a_snapshot_that_nobody_waits_for_leaves_nothing(directory: Path, tmp_path: Path) -> None:
     async with leading(directory) as store:
         await put(store, b"large", bytes(32 << 20))
-        begun = threading.Event()
+        begun, go_on = threading.Event(), threading.Event()
 
         def work(step: OnProgress) -> None:
             def slowly(done: int, total: int) -> None:
                 begun.set()
+                assert go_on.wait(30)
                 step(done, total)
 
             make_snapshot(directory, tmp_path / "snapshot", None, slowly)
@@ -68,6 +69,8 @@ async def test_a_snapshot_that_nobody_waits_for_leaves_nothing(directory: Path, 
         task = asyncio.create_task(in_thread(work))
         await until(begun.is_set)
         task.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(task, 10)
     assert not (tmp_path / "snapshot").exists()
