@@ -37,7 +37,7 @@ log = logging.getLogger("mehdb.replication")
 # How long the leader holds a request when nothing is new. It bounds how old "last heard" gets meanwhile.
 WAIT_S: Final = 1.5
 BACKOFF_LEAST_S: Final = 0.1  # a leader that restarts is back within a second
-BACKOFF_MOST_S: Final = 2.0  # one that does not is not asked more often; it is found again within 5 s of its return
+BACKOFF_MOST_S: Final = 1.0  # as often as a kubelet probes; with what it takes to notice silence, well below 5 s
 DIVERGED_ADVICE: Final = (
     "; this node keeps its data: bring the leader's own volume back, or run `mehdb rejoin` here to take the leader's "
     "data in place of it"

@@ -166,21 +166,22 @@ class Node:
 
 @contextmanager
 def lagging(node: Node, leader: Node) -> Iterator[None]:
-    """Have *node* stand still, but count as connected, however long the block takes.
+    """Have *node* stand still, as one behind a cut network, but count as connected, however long the block takes.
 
-    In its name another asks the *leader* for more, as often as it would, and holds what it held.
+    It must hold all that its *leader* holds. In its name another goes on asking for more, but never holds any.
     """
-    assert node.process is not None
-    node.process.send_signal(signal.SIGSTOP)
+    held = leader.position()
+    place = {"history": held["history"], "after": held["revision"], "chain": held["chain"]}
     over = threading.Event()
-    held = leader.position()  # what is there before the block is durable on *node*, or was never
 
     def ask() -> None:
-        place = {"history": held["history"], "after": held["revision"], "chain": held["chain"]}
         while not over.wait(ASK_EVERY_S):
-            leader.get("/replicate", params=place | {"node": node.name, "snapshot": "no"})
+            with contextlib.suppress(httpx.TransportError):  # the block may stop the leader
+                leader.get("/replicate", params=place | {"node": node.name, "snapshot": "no"})
 
     asking = threading.Thread(target=ask)
+    assert node.process is not None
+    node.process.send_signal(signal.SIGSTOP)
     asking.start()
     try:
         yield

@@ -22,7 +22,7 @@ import aiohttp
 import apsw
 import pytest
 
-from cluster import DEADLINE_S, Cluster, Node
+from cluster import Cluster, Node
 from faults import Fault, Proxy, proxied
 from mehdb.model import GENESIS, Epoch
 from mehdb.store import Store, Write
@@ -30,8 +30,7 @@ from scenes import chains, contents, opened
 
 T = TypeVar("T")
 
-EQUAL_WITHIN_S: Final = 5.0  # after healing: the promise, kept but where all at once need more than the machine has
-IN_TIME_OF_TEN: Final = 9
+EQUAL_WITHIN_S: Final = 5.0  # after healing: the promise
 LOOK_EVERY_S: Final = 0.1
 KEYS: Final = 12  # few: schedules overwrite and delete each other's
 # What followers say of their leader, at least, in hundreds of schedules: that the network really failed in these ways.
@@ -201,7 +200,7 @@ class Stage:
         """
         equal_at_s = monotonic()
         while others := await asyncio.to_thread(strangers, self.cluster.nodes):
-            assert monotonic() - equal_at_s < DEADLINE_S, f"other rows than the leader's are on {others}"
+            assert monotonic() - equal_at_s < EQUAL_WITHIN_S, f"other rows than the leader's are on {others}"
             await asyncio.sleep(LOOK_EVERY_S)
         self.counts["stores"] += len(self.cluster.followers)
 
@@ -240,7 +239,7 @@ class Lane:
         while not equal:
             own, goal = await self._look(), await self._stage.position(self._stage.cluster.leader)
             equal, took_s = own is not None and own == goal, monotonic() - healed_at_s
-            assert took_s <= DEADLINE_S, await self._complaint(own, goal, seed)
+            assert took_s <= EQUAL_WITHIN_S, await self._complaint(own, goal, seed)
             if not equal:
                 await asyncio.sleep(LOOK_EVERY_S)
         return took_s
@@ -275,7 +274,7 @@ class Lane:
     async def _complaint(self, own: object, goal: object, seed: int) -> str:
         status = await asyncio.to_thread(self._node.status)
         return (
-            f"{self._node.name} is at {own}, the leader at {goal}, {DEADLINE_S:g} s after schedule {seed}: "
+            f"{self._node.name} is at {own}, the leader at {goal}, {EQUAL_WITHIN_S:g} s after schedule {seed}: "
             f"{schedule(seed)}. It says {status.leader}; its log:\n{self._node.log[-3000:]}"
         )
 
@@ -332,8 +331,6 @@ async def prove(cluster: Cluster, *, count: int, rounds: int, retained: int) -> 
     mismatches = [line for lane in running for line in lane.sight.mismatches(history, chains)]
     assert not mismatches, "\n".join(mismatches[:20])
     assert strangers(cluster.nodes) == []
-    took_s.sort()
-    assert took_s[len(took_s) * IN_TIME_OF_TEN // 10] <= EQUAL_WITHIN_S
     counts, compared = stage.counts, sum(len(lane.sight.seen) for lane in running)
     assert compared > len(took_s), "hardly anything was seen on the way"
     floor, snapshots = meta(cluster.leader.volume, "floor"), sum(n.log.count("snapshot taken") for n in cluster.nodes)
@@ -342,7 +339,7 @@ async def prove(cluster: Cluster, *, count: int, rounds: int, retained: int) -> 
         f"convergence: {len(took_s):,} schedules, {counts['faults']:,} faults, {counts['restarts']:,} restarts, "
         f"{snapshots:,} snapshots, {len(chains) - 1:,} changes to floor {floor:,}, {compared:,} positions and "
         f"{counts['stores']:,} whole stores compared, {len(mismatches)} mismatches, "
-        f"equal after {median(took_s):.1f} s, at most {took_s[-1]:.1f} s"
+        f"equal after {median(took_s):.1f} s, at most {max(took_s):.1f} s"
     )
 
 
