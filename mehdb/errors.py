@@ -6,7 +6,8 @@
     │   ├── KeyNotFound, RouteNotFound                     404
     │   ├── MethodNotAllowed                               405
     │   ├── BodyTooSlow, HeadTooSlow                       408
-    │   ├── ValueTooLarge                                  413
+    │   ├── PreconditionFailed                             412
+    │   ├── ValueTooLarge, BatchTooLarge, AnswerTooLarge   413
     │   └── ExpectationFailed                              417
     ├── NotNow              nobody's fault: the same request may succeed later
     │   ├── QueueFull, NotSynced, Draining, Stopping, Recovering, StoreAway, ReadOnly, SnapshotBusy  503
@@ -28,16 +29,23 @@ Each class has a stable `code` (clients may match on it), the HTTP `status` it i
 what to do next. Only `mehdb.api` turns them into answers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 
 class MehdbError(Exception):
-    """The root: catch it to catch everything that mehdb raises on purpose."""
+    """The root: catch it to catch everything that mehdb raises on purpose.
+
+    *details* are for programs: the answer's JSON has them beside the message.
+    """
 
     code: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
     retry_after_s: ClassVar[int | None] = None
+
+    def __init__(self, message: str = "", **details: object) -> None:
+        super().__init__(message)
+        self.details: Mapping[str, object] = details
 
 
 class RequestError(MehdbError):
@@ -110,10 +118,34 @@ class HeadTooSlow(RequestError):
     status = 408
 
 
+class PreconditionFailed(RequestError):
+    """The key is not at the revision that the request asked for. Nothing was written.
+
+    Details: `revision`, where the key is (0: there is none); or `failed`, the checks of a batch, each with its own.
+    """
+
+    code = "precondition_failed"
+    status = 412
+
+
 class ValueTooLarge(RequestError):
     """The value is larger than this node takes."""
 
     code = "value_too_large"
+    status = 413
+
+
+class BatchTooLarge(RequestError):
+    """The request has more operations, keys or bytes than one may have."""
+
+    code = "batch_too_large"
+    status = 413
+
+
+class AnswerTooLarge(RequestError):
+    """What was asked for at once is more than one answer holds."""
+
+    code = "answer_too_large"
     status = 413
 
 

@@ -57,8 +57,8 @@ class State(StrEnum):
 class Change(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One write: a key and its new value, or its deletion (*value* is None).
 
-    *content_type* is what the writer named, None if nothing. *expires_at* is in seconds since the Unix epoch, None for
-    never.
+    *content_type* is what the writer named, None if nothing. *expires_at* is in milliseconds since the Unix epoch, None
+    for never.
     """
 
     revision: Annotated[Revision, _STORABLE]

@@ -18,15 +18,16 @@ import msgspec
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from mehdb.errors import BodyTooSlow, MehdbError, MethodNotAllowed, QueueFull
+from mehdb.errors import BodyTooSlow, MehdbError, MethodNotAllowed, PreconditionFailed, QueueFull
 
 T = TypeVar("T")
 
 TEXT: Final = "text/plain; charset=utf-8"
 JSON: Final = "application/json"
+NDJSON: Final = "application/x-ndjson"
 JOIN_BYTES_MAX: Final = 1 << 16  # below this, copying a body behind its head is cheaper than a second system call
 STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
-BODILESS: Final = frozenset({204})  # RFC 9110, 6.4.1
+BODILESS: Final = frozenset({204, 304})  # RFC 9110, 6.4.1
 BODY_RATE_MIN: Final = 64 << 10  # bytes per second, in the long run, either way: slower only holds memory and a socket
 HEARTBEAT: Final = "Mehdb-Heartbeat"  # asked for by name: not every client passes over a 102
 BEAT_S: Final = 1.0  # two may be lost to a busy machine before a peer gives up
@@ -198,13 +199,15 @@ def json_answer(value: object, *, status: int = 200, headers: str = "") -> Answe
 
 
 def error_answer(error: MehdbError) -> Answer:
-    """Return *error* as JSON: `error` (a stable code), `message` (what to do next) and `status`."""
+    """Return *error* as JSON: `error` (a stable code), `message` (what to do next), `status`, and its details."""
     headers = ""
     if error.retry_after_s is not None:
         headers += f"Retry-After: {error.retry_after_s}\r\n"
     if isinstance(error, MethodNotAllowed):
         headers += f"Allow: {error.allowed}\r\n"
-    body = {"error": error.code, "message": str(error), "status": error.status}
+    if error.status == PreconditionFailed.status and error.details.get("revision"):
+        headers += f'ETag: "{error.details["revision"]}"\r\n'
+    body = {"error": error.code, "message": str(error), "status": error.status, **error.details}
     return json_answer(body, status=error.status, headers=headers)
 
 

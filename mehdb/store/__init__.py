@@ -3,8 +3,12 @@
     store.py    `Store`: what the rest of mehdb sees, on the event loop
     session.py  its open files, from one opening to the next closing
     writer.py   the one thread that writes: queue, group commit, checkpoints
+    decision.py what clients ask to be written, on which conditions, and what becomes of it
     log.py      what a batch or a page does to the tables, inside a transaction
+    expiry.py   which changes have outlived their time
+    clock.py    the time that this goes by
     reader.py   point reads and scans on read-only connections
+    pages.py    what another store is given
     schema.py   the tables, the pragmas, opening and creating
     seal.py     the CRC of a row and the chain over all of them
     mark.py     the acknowledged mark: up to where the store must reach; the note that it has diverged
@@ -21,10 +25,11 @@ durable, shown after it is durable, and shown as it was written or not at all.
 """
 
 from mehdb.store.check import CheckReport, check_directory
+from mehdb.store.clock import Clock
+from mehdb.store.decision import Batch, Check, Condition, Write
 from mehdb.store.files import sync_directory, sync_file
 from mehdb.store.lock import FILE_NAME as LOCK_NAME
 from mehdb.store.lock import CommandLock, DirectoryLock, lock_holder
-from mehdb.store.log import Write
 from mehdb.store.mark import forget_divergence, note_divergence, read_divergence, read_mark, write_mark
 from mehdb.store.room import Room
 from mehdb.store.schema import Meta, missing_behind, new_history, require_sound
@@ -50,8 +55,12 @@ __all__ = [
     "INCOMING",
     "LOCK_NAME",
     "OUTGOING",
+    "Batch",
+    "Check",
     "CheckReport",
+    "Clock",
     "CommandLock",
+    "Condition",
     "DirectoryLock",
     "Meta",
     "OnProgress",

@@ -5,54 +5,23 @@ Only the writer thread uses it.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final, cast
 
 import apsw
-import msgspec
 
-from mehdb.errors import Diverged, KeyNotFound, MehdbError, PeerAnswerInvalid, StaleEpoch
+from mehdb.errors import Diverged, PeerAnswerInvalid, StaleEpoch
 from mehdb.model import ORIGIN, Change, Epoch, History, Page, Revision
+from mehdb.store.clock import Clock
+from mehdb.store.decision import Condition, Outcome, Request, Write, decide
+from mehdb.store.expiry import Expiry
 from mehdb.store.reader import require_absent
 from mehdb.store.schema import PAGE_SIZE, Meta, read_meta
 from mehdb.store.seal import seal
 
-
-class Write(msgspec.Struct, frozen=True, gc=False):
-    """A request to the leader's store: set *key* to *value*, or delete it (*value* is None)."""
-
-    key: bytes
-    value: bytes | None
-    content_type: str | None = None
-
-
-Outcome = Revision | MehdbError
-"""What became of one write: the revision it was given, or why it changed nothing."""
-
-
-def decide(writes: Iterable[Write], live: set[bytes], head: Revision) -> tuple[list[Outcome], list[Change]]:
-    """Give each write its outcome, in order, and return the changes that they make after *head*.
-
-    *live* are the keys among those written that are live before the first write. It is updated.
-    """
-    outcomes: list[Outcome] = []
-    changes: list[Change] = []
-    for write in writes:
-        if write.value is not None:
-            live.add(write.key)
-        elif write.key in live:
-            live.remove(write.key)
-        else:
-            outcomes.append(KeyNotFound("no such key: nothing was deleted"))
-            continue
-        head = Revision(head + 1)
-        changes.append(Change(head, write.key, write.value, write.content_type))
-        outcomes.append(head)
-    return outcomes, changes
-
-
+LIVE: Final = "SELECT key, revision FROM entry WHERE key IN carray(?)"
 # The sizes come from the rows' heads alone: a value is not read to be measured.
 NEXT: Final = """
     SELECT max(revision) FROM (
@@ -66,6 +35,7 @@ COMPACT: Final = """
 COMPACT_FACTOR: Final = 4  # changes looked at for each one written: a sweep ends long before the next one is due
 COMPACT_STEP: Final = 500  # changes looked at in one transaction when nothing else is to do: a few milliseconds
 COMPACT_BYTES: Final = 4 << 20  # of values in either: each page of a large value is touched to be freed
+EXPIRE_STEP: Final = 1000  # changes looked at, and keys deleted, in one transaction: a few milliseconds
 SQUEEZE_SHARE: Final = 16  # with so many times fewer superseded than live, a sweep frees little, squeezed or not
 
 
@@ -77,8 +47,10 @@ class Log:
     it has become half as much as what must stay: to look for it at each write would cost as much as the write.
     """
 
-    def __init__(self, connection: apsw.Connection, retain_changes: int) -> None:
+    def __init__(self, connection: apsw.Connection, retain_changes: int, clock: Clock | None = None) -> None:
         self._connection = connection
+        self._clock = clock or Clock()
+        self._expiry = Expiry(connection)
         self.commits = 0
         self.meta = read_meta(connection)
         self.compacts = True  # until a damaged page is in the way: writes must not fail over what they do not need
@@ -141,17 +113,34 @@ class Log:
         size_bytes = os.stat(self._connection.filename).st_size  # noqa: PTH116  as quick as it gets: before each batch
         return max(0, int(self._connection.pragma("page_count")) * PAGE_SIZE - size_bytes)
 
-    def write(self, writes: Sequence[Write], *, compact: bool = True) -> list[Outcome]:
-        """Commit *writes* in one transaction and return an outcome for each, in order."""
-        live = self._live(write.key for write in writes)
+    def write(self, requests: Sequence[Request], *, compact: bool = True) -> list[Outcome]:
+        """Commit *requests* in one transaction and return an outcome for each, in order."""
+        live = self._live(tuple(key for request in requests for key in request.keys))
         before = len(live)
-        outcomes, changes = decide(writes, live, self.meta.head)
-        if not changes:  # deletions of what was not there: nothing to sync
+        outcomes, changes = decide(requests, live, self.meta.head, self._clock.now_ms())
+        if not changes:  # deletions of what was not there, say: nothing to sync
             return outcomes
         with self._transaction():
             meta = self._append(changes, replace(self.meta, keys=self.meta.keys - before + len(live)), compact=compact)
         self.meta = meta
+        for change in changes:
+            if change.expires_at is not None:
+                self._expiry.note(change.expires_at)
         return outcomes
+
+    @property
+    def expiry_due(self) -> bool:
+        """Whether something has expired, or may have."""
+        return self._expiry.next_ms is not None and self._expiry.next_ms <= self._clock.now_ms()
+
+    def expire(self) -> None:
+        """Delete what has expired: one step of it, in one transaction."""
+        due = self._expiry.due(self._clock.now_ms(), EXPIRE_STEP)
+        # On the condition that nothing newer has taken its place.
+        self.write(
+            [Write(key, None, conditions=(Condition(frozenset({revision})),)) for revision, key in due.keys.items()]
+        )
+        self._expiry.move(due.cursor)
 
     def apply(self, page: Page) -> None:
         """Commit a leader's *page* in one transaction, if it continues this store exactly; else change nothing.
@@ -161,11 +150,12 @@ class Log:
         adopted = self._continued_by(page)
         with self._transaction():
             newest = {change.key: change.value for change in page.changes}
-            gone, come = len(self._live(newest)), sum(value is not None for value in newest.values())
+            gone, come = len(self._live(tuple(newest))), sum(value is not None for value in newest.values())
             meta = self._append(page.changes, replace(adopted, keys=adopted.keys - gone + come), compact=True)
             if meta.chain != page.chain:
                 raise Diverged(f"the leader's chain at revision {meta.head} is another: the changes before it differ")
         self.meta = meta
+        self._expiry.restart()
 
     def adopt(self, history: History, epoch: Epoch) -> None:
         """Take *history* into an empty store and *epoch* into any. Raises `StaleEpoch` and `Diverged`."""
@@ -213,12 +203,11 @@ class Log:
         self._save(meta)
         return meta
 
-    def _live(self, keys: Iterable[bytes]) -> set[bytes]:
-        """Return those of *keys* that are live."""
-        wanted = tuple(keys)
-        found = self._connection.execute("SELECT key FROM entry WHERE key IN carray(?)", (apsw.carray(wanted),))
-        live = {key for (key,) in found}
-        for key in wanted:
+    def _live(self, keys: tuple[bytes, ...]) -> dict[bytes, Revision]:
+        """Return those of *keys* that are live, each with its revision."""
+        found = self._connection.execute(LIVE, (apsw.carray(keys),))
+        live: dict[bytes, Revision] = dict(found)
+        for key in keys:
             if key not in live:
                 require_absent(self._connection, key)
         return live

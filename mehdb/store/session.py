@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
@@ -18,6 +18,7 @@ import apsw
 
 from mehdb.errors import Damaged, DamagedRow, DiskFull, NotNow, StoreFailed
 from mehdb.model import VALUE_BYTES_LIMIT, Change
+from mehdb.store.clock import Clock
 from mehdb.store.log import Log
 from mehdb.store.mark import AcknowledgedMark
 from mehdb.store.reader import LargeValue, Reader
@@ -33,11 +34,15 @@ SMALL_VALUE_BYTES: Final = 64 << 10  # 16 pages of the file: still quick if none
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """How much may wait to be written, how much room is kept free, and how many changes are retained."""
+    """How much may wait to be written, how much room is kept free, how many changes are retained, and what time it is.
+
+    The clock is one for all openings of the store: it must not be set anew by one.
+    """
 
     queue_bytes_max: int = 64 << 20
     disk_reserve_bytes: int = 64 << 20
     retain_changes: int = 100_000
+    clock: Clock = field(default_factory=Clock)
 
 
 class OpenFiles:
@@ -104,7 +109,7 @@ class Session:
                 connection = open_writer(directory)
             mark = None
             try:
-                log = Log(connection, options.retain_changes)
+                log = Log(connection, options.retain_changes, options.clock)
                 mark = AcknowledgedMark.open(directory)
                 mark.move(log.meta.position)
                 room.take_ballast()

@@ -10,26 +10,26 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar, cast
 
 from mehdb.errors import (
-    Compacted,
     Damaged,
     DamagedRow,
     DiskFull,
-    Diverged,
     MehdbError,
     ReadOnly,
     Stopping,
     StoreAway,
     StoreFailed,
 )
-from mehdb.model import GENESIS, ORIGIN, PAGE_BYTES, Chain, Change, Epoch, History, Page, Position, Revision
+from mehdb.model import GENESIS, ORIGIN, Change, Epoch, History, Page, Position, Revision
 from mehdb.store.check import CheckReport, check_directory
+from mehdb.store.decision import Batch, Outcome, Request, Write
 from mehdb.store.files import sync_directory
 from mehdb.store.lock import DirectoryLock, refuse_beside_command
-from mehdb.store.log import Write
+from mehdb.store.log import Log
 from mehdb.store.mark import read_mark
+from mehdb.store.pages import is_at_head, page_after
 from mehdb.store.reader import Reader
 from mehdb.store.room import Room
 from mehdb.store.schema import Meta, new_history
@@ -257,15 +257,42 @@ class Store:
     async def write(self, write: Write) -> Revision:
         """Commit *write* and return its revision, once it is durable.
 
-        Raises `KeyNotFound` (a deletion of what was not there), `QueueFull`, `DiskFull`, `ReadOnly`, `StoreAway`,
-        `DamagedRow`, `StoreFailed` and `Stopping`.
+        Raises `KeyNotFound` (a deletion of what was not there), `PreconditionFailed`, `QueueFull`, `DiskFull`,
+        `ReadOnly`, `StoreAway`, `DamagedRow`, `StoreFailed` and `Stopping`.
         """
-        outcome = await self._open_writer().write(write)
+        return cast("Revision", await self._outcome(write))
+
+    async def write_batch(self, batch: Batch) -> tuple[Revision, ...]:
+        """Commit all of *batch* and return the revision of each operation, once all are durable; see `Outcome`.
+
+        Raises what `write` does.
+        """
+        return cast("tuple[Revision, ...]", await self._outcome(batch))
+
+    async def _outcome(self, request: Request) -> Outcome:
+        outcome = await self._open_writer().write(request)
         if isinstance(outcome, DamagedRow):
             self._note_damage(outcome)
         if isinstance(outcome, MehdbError):
             raise outcome
         return outcome
+
+    @property
+    def expiry_due(self) -> bool:
+        """Whether a key has outlived its time, or may have."""
+        return self._writer is not None and self._writer.expiry_due
+
+    async def expire(self) -> None:
+        """Delete keys that have outlived their time: some of them, so often as it is due. Raises what `write` does."""
+        try:
+            await self._open_writer().run(Log.expire)
+        except DamagedRow as error:
+            self._note_damage(error)
+            raise
+
+    def now_ms(self) -> int:
+        """Return the time that expiry goes by, in milliseconds since the Unix epoch."""
+        return self._options.clock.now_ms()
 
     async def apply(self, page: Page) -> None:
         """Commit a leader's *page*, whole or not at all.
@@ -314,24 +341,14 @@ class Store:
 
     async def keys(self, prefix: bytes = b"", after: bytes = b"", limit: int = 1000) -> list[bytes]:
         """Return live keys that start with *prefix* and sort after *after*, in byte order, at most *limit*."""
-        return await self._scan(lambda reader: reader.keys(prefix, after, limit))
+        return await self.scan(lambda reader: reader.keys(prefix, after, limit))
 
     async def page_after(self, position: Position) -> Page | None:
-        """Return the next page for a store at *position*, None at the head.
-
-        Raises `Diverged` if that is no place in this history, `Compacted` if it is behind the floor, and `DamagedRow`.
-        """
+        """Return the next page for a store at *position*, None at the head. Raises what `page_after` does."""
         meta = self.meta
-        if position.history not in (None, meta.history) and position.revision > ORIGIN:
-            raise Diverged(f"history {position.history} is another than {meta.history}")
-        if position.revision > meta.head:
-            raise Diverged(f"revision {position.revision} is ahead of the head {meta.head}")
-        if position.revision < meta.floor:
-            raise Compacted(f"revision {position.revision} is behind the floor {meta.floor}")
-        if position.revision == meta.head:
-            _compare(position, meta.chain)
+        if is_at_head(position, meta):
             return None
-        return await self._scan(lambda reader: _page_after(reader, position, meta))
+        return await self.scan(lambda reader: page_after(reader, position, meta))
 
     async def wait_beyond(self, revision: Revision, timeout_s: float) -> bool:
         """Wait until the head is beyond *revision*, at most *timeout_s*. Return whether it is."""
@@ -380,8 +397,8 @@ class Store:
             self._note_damage(error)
             return False
 
-    async def _scan(self, read: Callable[[Reader], T]) -> T:
-        """Run *read* in a thread that has a reader of its own."""
+    async def scan(self, read: Callable[[Reader], T]) -> T:
+        """Return what *read* does, in a thread, with a reader of its own. Raises what it does, and `StoreAway`."""
         if self._session is None:
             raise _away()
         try:
@@ -413,13 +430,3 @@ async def _whole(work: Coroutine[Any, Any, T]) -> T:
 
 def _away() -> StoreAway:
     return StoreAway("the store is not open just now: try again in a moment, or read another node")
-
-
-def _page_after(reader: Reader, position: Position, meta: Meta) -> Page | None:
-    _compare(position, reader.chain(position.revision))
-    return reader.page(position.revision, meta, PAGE_BYTES)
-
-
-def _compare(position: Position, chain: Chain) -> None:
-    if position.chain != chain:
-        raise Diverged(f"the chain at revision {position.revision} is another: the changes before it differ")

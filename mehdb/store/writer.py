@@ -17,7 +17,8 @@ from typing import Final, NamedTuple, TypeVar, cast
 import apsw
 
 from mehdb.errors import DamagedRow, DiskFull, MehdbError, NotNow, QueueFull, ReadOnly, Stopping, StoreFailed
-from mehdb.store.log import Log, Outcome, Write
+from mehdb.store.decision import Batch, Outcome, Request, Write
+from mehdb.store.log import Log
 from mehdb.store.mark import AcknowledgedMark
 from mehdb.store.room import Room
 from mehdb.store.schema import PAGE_SIZE, is_damage
@@ -41,7 +42,7 @@ Task = Callable[[Log], None]
 
 
 class _Job(NamedTuple):
-    work: Write | Task | None  # None: the last job
+    work: Request | Task | None  # None: the last job
     done: "asyncio.Future[Outcome | None]"
     size_bytes: int
 
@@ -98,19 +99,24 @@ class Writer:
         return self._log.commits
 
     @property
+    def expiry_due(self) -> bool:
+        """Whether something has expired, or may have."""
+        return self._log.expiry_due
+
+    @property
     def checkpoint_due(self) -> bool:
         """Whether the WAL is long enough, or takes room that is short: no snapshot may be held until it is moved."""
         return self._wal_pages >= CHECKPOINT_PAGES or (self.short_of_room and self._wal_pages > 0)
 
-    async def write(self, write: Write) -> Outcome:
-        """Return the outcome of *write* once it is durable.
+    async def write(self, request: Request) -> Outcome:
+        """Return the outcome of *request* once it is durable.
 
         Raises `QueueFull`, `DiskFull`, `StoreFailed` and `Stopping`.
         """
-        size_bytes = len(write.key) + len(write.value or b"") + WRITE_OVERHEAD_BYTES
+        size_bytes = _size_bytes(request)
         if self.queue_bytes and self.queue_bytes + size_bytes > self._queue_bytes_max:
             raise QueueFull(f"{self.queue_bytes} bytes wait to be written, nothing of this was: try again in a moment")
-        outcome = await self._submit(write, size_bytes)
+        outcome = await self._submit(request, size_bytes)
         assert outcome is not None, "only tasks have no outcome"  # noqa: S101  our own invariant
         return outcome
 
@@ -127,7 +133,7 @@ class Writer:
         self._queue.put(_Job(None, self._loop.create_future(), 0))
         await asyncio.to_thread(self._thread.join)
 
-    async def _submit(self, work: Write | Task, size_bytes: int) -> Outcome | None:
+    async def _submit(self, work: Request | Task, size_bytes: int) -> Outcome | None:
         if self._closing:  # nobody would come to what is queued behind the last job
             raise Stopping("the store is closed, nothing was written: try again in a moment")
         done: asyncio.Future[Outcome | None] = self._loop.create_future()
@@ -201,21 +207,23 @@ class Writer:
             self._compaction_error = error.code
 
     def _take_batch(self, first: _Job) -> tuple[list[_Job], _Job | None]:
-        """Return *first* with the writes that wait behind it, up to the bounds, and the job that ended the batch.
+        """Return *first* with the requests that wait behind it, up to the bounds, and the job that ended the batch.
 
         A task is a batch of its own.
         """
         batch, size_bytes = [first], first.size_bytes
-        if not isinstance(first.work, Write):
+        if not isinstance(first.work, Request):
             return batch, None
-        while len(batch) < BATCH_WRITES_MAX and size_bytes < BATCH_BYTES_MAX:
+        writes = _writes_in(first.work)
+        while writes < BATCH_WRITES_MAX and size_bytes < BATCH_BYTES_MAX:
             try:
                 job = self._queue.get_nowait()
             except Empty:
                 break
-            if not isinstance(job.work, Write):
+            if not isinstance(job.work, Request):
                 return batch, job
             batch.append(job)
+            writes += _writes_in(job.work)
             size_bytes += job.size_bytes
         return batch, None
 
@@ -228,38 +236,38 @@ class Writer:
 
     def _committed(self, batch: list[_Job]) -> Sequence[Outcome | None]:
         self._look_for_room()
-        writes = [job.work for job in batch if isinstance(job.work, Write)]
-        if writes:
-            return self._without_sets(writes, _no_room()) if self.short_of_room else self._write(writes)
+        requests = [job.work for job in batch if isinstance(job.work, Request)]
+        if requests:
+            return self._without_growth(requests, _no_room()) if self.short_of_room else self._write(requests)
         task = cast("Task", batch[0].work)
         return [self._with_room(lambda: task(self._log), *self._measures())]
 
-    def _write(self, writes: Sequence[Write]) -> Sequence[Outcome]:
-        """Commit *writes*; what a full volume or a damaged page is in the way of, without the others' harm."""
-        deletes = all(write.value is None for write in writes)
-        outcomes = self._with_room(lambda: self._log.write(writes), *(self._measures() if deletes else ()))
-        if isinstance(outcomes, DiskFull) and not deletes:
-            return self._without_sets(writes, outcomes)
+    def _write(self, requests: Sequence[Request]) -> Sequence[Outcome]:
+        """Commit *requests*; what a full volume or a damaged page is in the way of, without the others' harm."""
+        grows = any(request.grows for request in requests)
+        outcomes = self._with_room(lambda: self._log.write(requests), *(() if grows else self._measures()))
+        if isinstance(outcomes, DiskFull) and grows:
+            return self._without_growth(requests, outcomes)
         if isinstance(outcomes, DamagedRow):
-            return self._write_around(outcomes, writes)
-        return [outcomes] * len(writes) if isinstance(outcomes, MehdbError) else outcomes
+            return self._write_around(outcomes, requests)
+        return [outcomes] * len(requests) if isinstance(outcomes, MehdbError) else outcomes
 
-    def _write_around(self, damage: DamagedRow, writes: Sequence[Write]) -> Sequence[Outcome]:
-        """Commit those of *writes* that do not need what is damaged. If only compaction does, that stops."""
+    def _write_around(self, damage: DamagedRow, requests: Sequence[Request]) -> Sequence[Outcome]:
+        """Commit those of *requests* that do not need what is damaged. If only compaction does, that stops."""
         if self._log.compacts:
-            outcomes = self._guarded(lambda: self._log.write(writes, compact=False))
+            outcomes = self._guarded(lambda: self._log.write(requests, compact=False))
             if not isinstance(outcomes, MehdbError):
                 self._note_compaction_stopped(damage)
                 return outcomes
             if not isinstance(outcomes, DamagedRow):
-                return [outcomes] * len(writes)
-        return [self._write([write])[0] for write in writes] if len(writes) > 1 else [damage]
+                return [outcomes] * len(requests)
+        return [self._write([request])[0] for request in requests] if len(requests) > 1 else [damage]
 
-    def _without_sets(self, writes: Sequence[Write], refusal: MehdbError) -> Sequence[Outcome]:
-        """Commit the deletions among *writes*. The sets get *refusal*."""
-        deletions = [write for write in writes if write.value is None]
+    def _without_growth(self, requests: Sequence[Request], refusal: MehdbError) -> Sequence[Outcome]:
+        """Commit those of *requests* that only delete. The others get *refusal*."""
+        deletions = [request for request in requests if not request.grows]
         outcomes = iter(self._write(deletions) if deletions else ())
-        return [refusal if write.value is not None else next(outcomes) for write in writes]
+        return [refusal if request.grows else next(outcomes) for request in requests]
 
     def _with_room(self, work: Callable[[], T], *measures: Callable[[], bool]) -> T | MehdbError:
         """Return what *work* returns, or its error. On a full volume it is tried again after each of *measures*."""
@@ -375,3 +383,17 @@ def _no_room() -> DiskFull:
     return DiskFull(
         "less room is left on the volume than the reserve, nothing was written: delete keys, make room or enlarge it"
     )
+
+
+def _size_bytes(request: Request) -> int:
+    """Return about how much memory *request* occupies while it waits."""
+    if isinstance(request, Batch):
+        return sum(
+            len(one.key) + WRITE_OVERHEAD_BYTES + (len(one.value or b"") if isinstance(one, Write) else 0)
+            for one in request.operations
+        )
+    return len(request.key) + len(request.value or b"") + WRITE_OVERHEAD_BYTES
+
+
+def _writes_in(request: Request) -> int:
+    return len(request.operations) if isinstance(request, Batch) else 1

@@ -18,7 +18,7 @@ from disk import DATABASE, WAL, Disk, Lie
 from mehdb.errors import DiskFull, MehdbError, StoreFailed
 from mehdb.model import ORIGIN, Change, Epoch
 from mehdb.store import Store, Write
-from mehdb.store.log import decide
+from mehdb.store.decision import decide
 from stores import enqueue, leading, opened, pages_of, put, tables_of
 
 BATCHES: Final = 5  # or pages
@@ -96,7 +96,7 @@ class Told:
 
     async def follow(self, store: Store) -> None:
         """Apply pages, up to one that is refused again and again."""
-        _, changes = decide([write for batch in batches() for write in batch], set(), ORIGIN)
+        _, changes = decide([write for batch in batches() for write in batch], {}, ORIGIN)
         for page in pages_of(changes, WRITES):
             for _ in range(TRIES):
                 try:

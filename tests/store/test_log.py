@@ -6,13 +6,11 @@ from typing import Any, Final
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mehdb.errors import Diverged, KeyNotFound, MehdbError, PeerAnswerInvalid, StaleEpoch
 from mehdb.model import GENESIS, ORIGIN, Chain, Change, Epoch, History, Page, Position, Revision
 from mehdb.store import Write
-from mehdb.store.log import Log, decide
+from mehdb.store.log import Log
 from mehdb.store.schema import open_writer
 from stores import chain_anew, problems_of, seal_anew, sql, tables_of
 
@@ -42,44 +40,6 @@ def log(volume: Path) -> Iterator[Log]:
 def replaced(struct: Any, /, **fields: Any) -> Any:
     """Return a Struct with other *fields*."""
     return msgspec.structs.replace(struct, **fields)
-
-
-# Deciding.
-
-
-def test_outcomes_are_decided_in_order() -> None:
-    writes = [Write(b"a", b"1"), Write(b"a", None), Write(b"a", None), Write(b"b", None), Write(b"a", b"2", "x/y")]
-    live = {b"b"}
-    outcomes, changes = decide(writes, live, Revision(7))
-    assert [outcome if isinstance(outcome, int) else type(outcome) for outcome in outcomes] == [
-        8,
-        9,
-        KeyNotFound,
-        10,
-        11,
-    ]
-    assert changes == [
-        Change(Revision(8), b"a", b"1"),
-        Change(Revision(9), b"a", None),
-        Change(Revision(10), b"b", None),
-        Change(Revision(11), b"a", b"2", "x/y"),
-    ]
-    assert live == {b"a"}
-
-
-KEYS = st.sampled_from([b"a", b"b", b"c"])
-
-
-@given(st.sets(KEYS), st.lists(st.builds(Write, KEYS, st.none() | st.binary(max_size=2))), st.integers(0, 100))
-def test_a_batch_decides_as_its_writes_would_one_by_one(live: set[bytes], writes: list[Write], head: int) -> None:
-    together, apart = set(live), set(live)
-    outcomes, changes = decide(writes, together, Revision(head))
-    for write, outcome in zip(writes, outcomes, strict=True):
-        ([alone], _) = decide([write], apart, Revision(head))
-        assert alone == outcome if isinstance(outcome, int) else type(alone) is type(outcome)
-        head += isinstance(alone, int)
-    assert together == apart
-    assert [change.revision for change in changes] == [outcome for outcome in outcomes if isinstance(outcome, int)]
 
 
 # Writing.

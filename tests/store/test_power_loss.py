@@ -21,7 +21,7 @@ from disk import DATABASE, WAL
 from mehdb.errors import KeyNotFound, MehdbError
 from mehdb.model import ORIGIN, Change
 from mehdb.store import Store, StoreOptions, Write
-from mehdb.store.log import decide
+from mehdb.store.decision import decide
 from power import Event, Image, Kind, Recorder, Replay, without_sync_at_commit
 from stores import RAM, leading, opened, pages_of, sql, tables_of
 
@@ -68,7 +68,7 @@ async def follow(recorder: Recorder, directory: Path, seed: int, lives: int, cou
     chance = random.Random(seed)
     numbers = range(lives * CHECKPOINTS * count * PAGE_CHANGES)
     writes = [Write(b"key-%d" % chance.randrange(KEYS), value_from(chance, seed, n)) for n in numbers]
-    _, changes = decide(writes, set(), ORIGIN)
+    _, changes = decide(writes, {}, ORIGIN)
     pages = iter(pages_of(changes, PAGE_CHANGES))
     for _ in range(lives):
         async with opened(directory, **OPTIONS) as store:

@@ -77,6 +77,13 @@ def test_a_new_store_is_empty_and_bears_our_mark(tmp_path: Path) -> None:
     connection.close()
 
 
+def test_a_store_made_before_there_were_lives_gets_their_index_when_opened(tmp_path: Path) -> None:
+    open_writer(tmp_path).close()
+    sql(tmp_path, "DROP INDEX change_expiry")
+    open_writer(tmp_path).close()
+    assert sql(tmp_path, "SELECT name FROM sqlite_schema WHERE type = 'index' AND name LIKE 'change%'")
+
+
 def test_the_schema_never_changes_without_its_version(tmp_path: Path) -> None:
     open_writer(tmp_path).close()
     columns = {
