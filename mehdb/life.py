@@ -13,8 +13,9 @@ from aiohttp import web
 from mehdb import control
 from mehdb.api import Api, ApiServer, ControlApi
 from mehdb.errors import Damaged, DiskFull, MehdbError, SettingsError, StoreFailed
+from mehdb.expiry import expire
 from mehdb.metrics import Metrics
-from mehdb.model import DrainReport, NodeStatus
+from mehdb.model import DrainReport, NodeStatus, Role
 from mehdb.node import OPENING, Node
 from mehdb.peers import Peer
 from mehdb.recovery import Leader
@@ -83,21 +84,25 @@ class Life:
     async def _supervise(self) -> None:
         """Return when the node has stopped and left. Raises what a part of it ended with: none may end by itself."""
         leaving = asyncio.create_task(self._leave(), name="leave")
-        watching = asyncio.create_task(self._watch(), name="watch")
-        playing = asyncio.create_task(self._play(), name=self._node.role)
+        endless = [
+            asyncio.create_task(self._watch(), name="watch"),
+            asyncio.create_task(self._play(), name=self._node.role),
+        ]
+        if self._node.role is Role.LEADER:
+            endless.append(asyncio.create_task(expire(self._store, self._node.writing_of_its_own), name="expiry"))
         try:
-            parts: list[asyncio.Future[Any]] = [leaving, playing, watching, self._store.failure]
+            parts: list[asyncio.Future[Any]] = [leaving, *endless, self._store.failure]
             await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             if leaving.done():
                 leaving.result()
-            for task in (playing, watching):
+            for task in endless:
                 if task.done() and not self._store.failure.done():
                     task.result()
                     raise MehdbError(f"the {task.get_name()} ended by itself: this is a bug")
         finally:
-            for task in (leaving, playing, watching):
+            for task in (leaving, *endless):
                 task.cancel()
-            await asyncio.wait([leaving, playing, watching])
+            await asyncio.wait([leaving, *endless])
         if self._store.failure.done():
             raise self._store.failure.result()
 

@@ -70,6 +70,14 @@ class Node:
             raise self.refusal()
         return _Writing(self, self.part)
 
+    def writing_of_its_own(self) -> "_Writing":
+        """Count a write that no client has asked for. Raises `NotNow` where one might cost what a follower holds."""
+        if isinstance(self.part, Leader) and not self.part.settled:
+            head = self._store.head
+            if not any(follower.revision == head for follower in self.followers.status(head)):
+                raise Recovering("no follower has come yet: it may hold more")
+        return self.writing()
+
     def refusal(self) -> NotNow:
         """Return why no write is taken now."""
         if self.draining:

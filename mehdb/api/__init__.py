@@ -4,7 +4,11 @@
     app.py        `Api`: finds the route, turns errors into answers, adds the headers that every answer bears
     answers.py    `Answer`: a whole answer and its wire form
     requests.py   what a request says: its target, key, parameters and body
-    data.py       /set/, /get/, /delete/, /keys
+    data.py       /set/, /get/, /delete/: one key
+    batch.py      /batch: many writes, all or nothing
+    listing.py    /keys, POST /get, /history/
+    conditions.py `If-Match` and `If-None-Match`
+    lines.py      entries and changes as lines of JSON
     status.py     /status, /livez, /readyz, /metrics
     replicate.py  /position, /replicate, and who pulls from this node
     snapshot.py   /snapshot

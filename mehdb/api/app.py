@@ -13,10 +13,12 @@ from aiohttp import web
 
 from mehdb import __version__
 from mehdb.api.answers import JOIN_BYTES_MAX, Answer, FileAnswer, Sending, error_answer
+from mehdb.api.batch import BatchRoutes
 from mehdb.api.data import DataRoutes
+from mehdb.api.listing import ListingRoutes
 from mehdb.api.node import NodeView
 from mehdb.api.replicate import Followers, ReplicationRoutes
-from mehdb.api.requests import Target, target
+from mehdb.api.requests import BodyBudget, Target, target
 from mehdb.api.snapshot import SnapshotRoutes
 from mehdb.api.status import StatusRoutes
 from mehdb.errors import MehdbError, MethodNotAllowed, RouteNotFound
@@ -39,7 +41,10 @@ class Api:
     def __init__(
         self, node: NodeView, store: Store, settings: Settings, followers: Followers, metrics: Metrics
     ) -> None:
-        data = DataRoutes(node, store, settings)
+        arriving = BodyBudget(settings.queue_size)
+        data = DataRoutes(node, store, settings, arriving)
+        batches = BatchRoutes(node, store, settings, arriving)
+        listings = ListingRoutes(node, store, settings, arriving)
         status = StatusRoutes(node, metrics)
         replication = ReplicationRoutes(node, store, followers, settings.snapshot_lag)
         snapshots = SnapshotRoutes(node, store)
@@ -48,7 +53,10 @@ class Api:
             "/get/": {"GET": data.get, "HEAD": data.get},
             "/set/": {"PUT": data.set},
             "/delete/": {"DELETE": data.delete},
-            "/keys": {"GET": data.keys, "HEAD": data.keys},
+            "/batch": {"POST": batches.batch},
+            "/get": {"POST": listings.several},
+            "/keys": {"GET": listings.keys, "HEAD": listings.keys},
+            "/history/": {"GET": listings.history, "HEAD": listings.history},
             "/status": {"GET": status.status, "HEAD": status.status},
             "/livez": {"GET": status.livez, "HEAD": status.livez},
             "/readyz": {"GET": status.readyz, "HEAD": status.readyz},

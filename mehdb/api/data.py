@@ -1,31 +1,29 @@
-"""Keys and values: /set/KEY, /get/KEY, /delete/KEY and /keys."""
+"""Single keys and values: /set/KEY, /get/KEY and /delete/KEY."""
 
 import re
 from typing import Final
-from urllib.parse import quote, urlencode
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from mehdb.api.answers import TEXT, Answer, json_answer
+from mehdb.api.conditions import is_unchanged, write_conditions
+from mehdb.api.lines import ttl_s
 from mehdb.api.node import NodeView
-from mehdb.api.requests import BodyBudget, Parameters, Target, decode_key, no_parameters, read_body
+from mehdb.api.requests import BodyBudget, Parameters, Target, decode_key, no_parameters, read_body, revision_number
 from mehdb.errors import BadParameter, DamagedRow, Draining, KeyNotFound, NotSynced
-from mehdb.model import Role
-from mehdb.settings import Settings, whole_number
-from mehdb.store import Store, Write
+from mehdb.model import Change, Role
+from mehdb.settings import Settings
+from mehdb.store import Store, Write, value_at
 
-KEYS_DEFAULT: Final = 1000  # one screenful for a person, one round trip for a program
-KEYS_MAX: Final = 10_000  # at 1 KiB a key, 10 MiB in memory
 BYTES: Final = "application/octet-stream"
 CONTENT_TYPE: Final = re.compile(r"[\x20-\x7e]{1,255}")
 WRITTEN: Final = b"WRITE completed"  # what the Go mehdb answered, to the byte
+TTL_S_MAX: Final = 10 * 366 * 86400  # what is to live longer needs no end
 NOT_HERE: Final = {
     "error": "not_leader",
     "message": "nothing was written: this node follows. Send the same request to the Location (with curl: add -L)",
     "status": 307,
 }
-
-
 REPAIR: Final = {
     Role.LEADER: "To repair the leader, GET the key from a follower and PUT it anew, or take a follower's whole store "
     "with `mehdb adopt --from URL`",
@@ -34,82 +32,94 @@ REPAIR: Final = {
 
 
 class DataRoutes:
-    """The routes that read and write."""
+    """The routes that read and write one key."""
 
-    def __init__(self, node: NodeView, store: Store, settings: Settings) -> None:
+    def __init__(self, node: NodeView, store: Store, settings: Settings, arriving: BodyBudget) -> None:
         self._node = node
         self._store = store
         self._settings = settings
-        self._arriving = BodyBudget(settings.queue_size)
+        self._arriving = arriving
 
-    async def get(self, _request: web.BaseRequest, target: Target, rest: str) -> Answer:
+    async def get(self, request: web.BaseRequest, target: Target, rest: str) -> Answer:
         """Answer with the value of a key, as it was written."""
         key = decode_key(rest)
-        no_parameters(target.query)
         try:
-            change = await self._store.get(key)
+            change = await (self._get_at(key, target) if target.query else self._store.get(key))
         except DamagedRow as error:
             raise DamagedRow(f"{error}. {REPAIR[self._node.role]}") from error
         if change is None or change.value is None:
-            self._refuse_if_empty()
+            refuse_if_empty(self._store)
             raise KeyNotFound("no such key on this node")
-        return Answer(
-            change.value,
-            change.content_type or BYTES,
-            headers=f'ETag: "{change.revision}"\r\nX-Content-Type-Options: nosniff\r\n',
-            revision=change.revision,
-        )
+        headers = f'ETag: "{change.revision}"\r\nX-Content-Type-Options: nosniff\r\n'
+        if change.expires_at is not None:
+            headers += f"Mehdb-TTL: {ttl_s(change.expires_at, self._store.now_ms()):.3f}\r\n"
+        known = request.headers.get(hdrs.IF_NONE_MATCH)
+        if known is not None and is_unchanged(known, change.revision):
+            return Answer(status=304, headers=headers, revision=change.revision)
+        return Answer(change.value, change.content_type or BYTES, headers=headers, revision=change.revision)
+
+    async def _get_at(self, key: bytes, target: Target) -> Change | None:
+        """Return what the query asks for: the change that *key* is live with, or was at a revision."""
+        parameters = Parameters(target.query)
+        revision = parameters.take("revision", revision_number, None)
+        parameters.finish()
+        if revision is None:
+            return await self._store.get(key)
+        return await self._store.scan(lambda reader: value_at(reader, key, revision))
 
     async def set(self, request: web.BaseRequest, target: Target, rest: str) -> Answer:
         """Store the body as the value of a key."""
         key = decode_key(rest)
         if self._node.redirect_url is not None:
-            return self._redirect(self._node.redirect_url, target)
-        no_parameters(target.query)
-        content_type = request.headers.get("Content-Type") or None
+            return redirect(self._node, target)
+        ttl_ms = _ttl_ms(target.query) if target.query else None
+        content_type = request.headers.get(hdrs.CONTENT_TYPE) or None
         if content_type is not None and not CONTENT_TYPE.fullmatch(content_type):
             raise BadParameter("the Content-Type must be 1 to 255 characters of ASCII: nothing was written")
+        conditions = write_conditions(request.headers)
         settings = self._settings
         with self._node.writing() as recheck:
             value = await read_body(request, settings.max_value, settings.body_timeout, self._arriving)
             recheck()
-            return await self._write(Write(key, value, content_type))
+            return await self._write(Write(key, value, content_type, ttl_ms, conditions))
 
-    async def delete(self, _request: web.BaseRequest, target: Target, rest: str) -> Answer:
+    async def delete(self, request: web.BaseRequest, target: Target, rest: str) -> Answer:
         """Delete a key."""
         key = decode_key(rest)
         if self._node.redirect_url is not None:
-            return self._redirect(self._node.redirect_url, target)
+            return redirect(self._node, target)
         no_parameters(target.query)
+        conditions = write_conditions(request.headers)
         with self._node.writing():
-            return await self._write(Write(key, None))
-
-    async def keys(self, _request: web.BaseRequest, target: Target, _rest: str) -> Answer:
-        """List live keys in byte order: one page, and a link to the next."""
-        parameters = Parameters(target.query)
-        prefix = parameters.take("prefix", str, "")
-        after = parameters.take("after", str, "")
-        limit = parameters.take("limit", whole_number(1, KEYS_MAX), KEYS_DEFAULT)
-        parameters.finish()
-        self._refuse_if_empty()
-        keys = [key.decode() for key in await self._store.keys(prefix.encode(), after.encode(), limit + 1)]
-        if len(keys) <= limit:
-            return json_answer(keys)
-        keys.pop()
-        cursor = {"prefix": prefix, "after": keys[-1], "limit": str(limit)}
-        query = urlencode({name: value for name, value in cursor.items() if value}, quote_via=quote)
-        return json_answer(keys, headers=f'Link: </keys?{query}>; rel="next"\r\n')
+            return await self._write(Write(key, None, conditions=conditions))
 
     async def _write(self, write: Write) -> Answer:
         revision = await self._store.write(write)
         return Answer(WRITTEN, TEXT, headers=f'ETag: "{revision}"\r\n', revision=revision)
 
-    def _redirect(self, base: str, target: Target) -> Answer:
-        """Send a writer to the leader: answered before the body is read and before any `100 Continue`."""
-        if self._node.leader_leaves:
-            raise Draining("the leader is about to restart, nothing was written: try again in a moment")
-        return json_answer(NOT_HERE, status=307, headers=f"Location: {base}{target.text}\r\n")
 
-    def _refuse_if_empty(self) -> None:
-        if self._store.meta.history is None:
-            raise NotSynced("this node holds nothing yet, so it cannot know: ask another node, or again in a moment")
+def redirect(node: NodeView, target: Target) -> Answer:
+    """Send a writer to the leader: answered before the body is read and before any `100 Continue`."""
+    if node.leader_leaves:
+        raise Draining("the leader is about to restart, nothing was written: try again in a moment")
+    return json_answer(NOT_HERE, status=307, headers=f"Location: {node.redirect_url}{target.text}\r\n")
+
+
+def refuse_if_empty(store: Store) -> None:
+    """Raise `NotSynced` for a node that cannot know whether there is anything."""
+    if store.meta.history is None:
+        raise NotSynced("this node holds nothing yet, so it cannot know: ask another node, or again in a moment")
+
+
+def _ttl_ms(query: str) -> int | None:
+    parameters = Parameters(query)
+    ttl_ms = parameters.take("ttl", ttl, None)
+    parameters.finish()
+    return ttl_ms
+
+
+def ttl(text: str) -> int:
+    """Return the milliseconds that *text*, decimal seconds, stands for. Raises `ValueError`."""
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?", text) and 0 < float(text) <= TTL_S_MAX:
+        return round(float(text) * 1000)
+    raise ValueError(f"must be a number of seconds from 0.001 to {TTL_S_MAX}")

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from mehdb.api.answers import Answer, heard, json_answer, waiting
 from mehdb.api.node import NodeView
-from mehdb.api.requests import Parameters, Target, no_parameters, seconds
+from mehdb.api.requests import REVISION_MAX, Parameters, Target, no_parameters, revision_number, seconds
 from mehdb.errors import BadParameter, Compacted, Diverged, NotSynced, StoreAway
 from mehdb.model import (
     GENESIS,
@@ -41,7 +41,6 @@ FOLLOWERS_MAX: Final = 100  # a StatefulSet has a few; names come from clients, 
 CONNECTED_S: Final = 4.0  # a follower asks at least every 1.5 s
 REFUSED_TOLD_MAX: Final = 16  # log lines about nodes that are diverged, in so long a time:
 FORGET_AFTER_S: Final = 300.0  # a follower that was scaled away is no longer listed
-REVISION_MAX: Final = (1 << 63) - 1  # SQLite's largest integer
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,6 @@ def _chain(text: str) -> Chain:
     return Chain(bytes.fromhex(text))
 
 
-def _revision(text: str) -> Revision:
-    return Revision(whole_number(0, REVISION_MAX)(text))
-
-
 def _epoch(text: str) -> Epoch:
     try:
         return Epoch(whole_number(0, REVISION_MAX)(text))
@@ -169,9 +164,9 @@ class ReplicationRoutes:
         """
         parameters = Parameters(target.query)
         history = parameters.take("history", _history, None)
-        after = parameters.take("after", _revision, ORIGIN)
+        after = parameters.take("after", revision_number, ORIGIN)
         position = Position(history, after, parameters.take("chain", _chain, GENESIS))
-        durable = min(after, parameters.take("durable", _revision, after))
+        durable = min(after, parameters.take("durable", revision_number, after))
         node = parameters.take("node", _node, None)
         wait_s = parameters.take("wait", seconds(WAIT_S_MAX), 0.0)
         may_snapshot = parameters.take("snapshot", _snapshot, default=True)

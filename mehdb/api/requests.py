@@ -9,13 +9,25 @@ from urllib.parse import parse_qsl, unquote_to_bytes
 from aiohttp import StreamReader, web
 
 from mehdb.api.answers import BODY_RATE_MIN
-from mehdb.errors import BadBody, BadKey, BadParameter, BodyTooSlow, ExpectationFailed, QueueFull, ValueTooLarge
-from mehdb.model import checked_key
+from mehdb.errors import (
+    BadBody,
+    BadKey,
+    BadParameter,
+    BatchTooLarge,
+    BodyTooSlow,
+    ExpectationFailed,
+    QueueFull,
+    RequestError,
+    ValueTooLarge,
+)
+from mehdb.model import Revision, checked_key
+from mehdb.settings import whole_number
 
 T = TypeVar("T")
 
 BROKEN_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 PARAMETERS_MAX: Final = 32  # more than any route has
+REVISION_MAX: Final = (1 << 63) - 1  # SQLite's largest integer
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -88,6 +100,11 @@ class Parameters:
             raise BadParameter(f"unknown parameter {min(self._values)!r}: leave it out, or send a '?' in a key as %3F")
 
 
+def revision_number(text: str) -> Revision:
+    """Return the revision that *text* stands for. Raises `ValueError`."""
+    return Revision(whole_number(0, REVISION_MAX)(text))
+
+
 def no_parameters(query: str) -> None:
     """Raise `BadParameter` if *query* has any."""
     if query:
@@ -127,13 +144,16 @@ class BodyBudget:
         self._held_bytes -= size_bytes
 
 
-async def read_body(request: web.BaseRequest, bytes_max: int, stall_s: float, budget: BodyBudget) -> bytes:
+async def read_body(
+    request: web.BaseRequest, bytes_max: int, stall_s: float, budget: BodyBudget, too_large: str | None = None
+) -> bytes:
     """Return the whole body, after `100 Continue` where the client waits for it.
 
-    Raises `ValueTooLarge` and `QueueFull` as soon as it is known, `BodyTooSlow`, `ExpectationFailed` and `BadBody`.
+    Raises `ValueTooLarge`, or `BatchTooLarge` where *too_large* says why, and `QueueFull` as soon as it is known,
+    `BodyTooSlow`, `ExpectationFailed` and `BadBody`.
     """
     if (request.content_length or 0) > bytes_max:
-        raise _too_large(bytes_max)
+        raise _too_large(bytes_max, too_large)
     _check_expectation(request)
     if request.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
         raise BadBody("send the body in no transfer coding but chunked: nothing was written")
@@ -144,12 +164,14 @@ async def read_body(request: web.BaseRequest, bytes_max: int, stall_s: float, bu
     if "Expect" in request.headers and request.version >= (1, 1):
         await request.writer.write(CONTINUE)
     try:
-        return await _read_chunks(content, bytes_max, stall_s, budget)
+        return await _read_chunks(content, bytes_max, stall_s, budget, too_large)
     except web.RequestPayloadError as error:
         raise BadBody(f"the body's framing is broken: nothing was written ({error})") from error
 
 
-async def _read_chunks(content: StreamReader, bytes_max: int, stall_s: float, budget: BodyBudget) -> bytes:
+async def _read_chunks(
+    content: StreamReader, bytes_max: int, stall_s: float, budget: BodyBudget, too_large: str | None
+) -> bytes:
     """Return what arrives until the body's end, within the bounds on its size and on the time that it may take."""
     chunks: list[bytes] = []
     size_bytes = 0
@@ -166,7 +188,7 @@ async def _read_chunks(content: StreamReader, bytes_max: int, stall_s: float, bu
             chunks.append(chunk)
             size_bytes += len(chunk)
             if size_bytes > bytes_max:
-                raise _too_large(bytes_max)
+                raise _too_large(bytes_max, too_large)
     except TimeoutError as error:
         raise BodyTooSlow(
             f"the body stalled for {stall_s:g} s or is too slow ({size_bytes} bytes came): nothing was written"
@@ -175,7 +197,9 @@ async def _read_chunks(content: StreamReader, bytes_max: int, stall_s: float, bu
         budget.give_back(size_bytes)
 
 
-def _too_large(bytes_max: int) -> ValueTooLarge:
+def _too_large(bytes_max: int, reason: str | None) -> RequestError:
+    if reason is not None:
+        return BatchTooLarge(reason)
     return ValueTooLarge(f"a value may have {bytes_max} bytes (--max-value): nothing was written")
 
 

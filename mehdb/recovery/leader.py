@@ -23,6 +23,7 @@ SILENT_TIMEOUT_S: Final = 10.0  # how long a store with data waits for a peer th
 ASK_EVERY_S: Final = 0.5
 ASK_MOST_S: Final = 5.0  # between two tries to take a peer's data: each may have it copy its whole store
 ASK_AGAIN_S: Final = 2.0  # between two looks at peers that seem to hold more, or for room on the volume
+SETTLED_AFTER_S: Final = 30.0  # pods start one after the other: the next one should have come by then
 PEERS_MAX: Final = 128  # with those that have shown up by themselves
 ASKED_AT_ONCE: Final = 8  # pods have consecutive ordinals: where so many in a row do not exist, no more are looked for
 EPOCH_STEP_MAX: Final = 1_000_000  # a store that is older than so many starts is none of ours: who says so is wrong
@@ -41,6 +42,7 @@ class Leader:
         self._leadership = leadership
         self._doubted = asyncio.Event()  # a peer showed up that holds more, or another history
         self._led_from: Revision | None = None
+        self._led_at_s = 0.0
         self._forked: frozenset[str] = frozenset()
         self._unclear: frozenset[str] = frozenset()
         self._diverged: frozenset[str] = frozenset()  # what they said when last asked
@@ -62,6 +64,16 @@ class Leader:
             self._epoch_seen = max(self._epoch_seen, epoch)
         if self._led_from == self._store.head:
             self._doubted.set()
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is lost if this node writes of its own accord: no peer that is ahead can come any more.
+
+        When a whole cluster restarts, the leader may be first, and its volume older than a follower's. It could not go
+        back to the table after a change of its own.
+        """
+        waited = monotonic() - self._led_at_s > SETTLED_AFTER_S
+        return self.state is State.SERVING and (self._led_from != self._store.head or not self._peers or waited)
 
     async def run(self) -> None:
         """Recover and lead, for ever."""
@@ -139,7 +151,7 @@ class Leader:
                 "the volume is full, no epoch can be begun: make room on it or enlarge it; it goes on by itself"
             ) from error
         if self.state is not State.SERVING:  # or it only goes beyond an epoch, and writes are taken meanwhile
-            self._led_from = self._store.head
+            self._led_from, self._led_at_s = self._store.head, monotonic()
         self.state, self.problem = State.SERVING, None
         log.info("leading epoch=%d history=%s revision=%d", epoch, self._store.meta.history, self._store.head)
 

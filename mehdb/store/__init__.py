@@ -8,6 +8,8 @@
     expiry.py   which changes have outlived their time
     clock.py    the time that this goes by
     reader.py   point reads and scans on read-only connections
+    listing.py  live keys in order, page by page
+    past.py     what a key was
     pages.py    what another store is given
     schema.py   the tables, the pragmas, opening and creating
     seal.py     the CRC of a row and the chain over all of them
@@ -28,9 +30,11 @@ from mehdb.store.check import CheckReport, check_directory
 from mehdb.store.clock import Clock
 from mehdb.store.decision import Batch, Check, Condition, Write
 from mehdb.store.files import sync_directory, sync_file
+from mehdb.store.listing import Folder, Query, list_page
 from mehdb.store.lock import FILE_NAME as LOCK_NAME
 from mehdb.store.lock import CommandLock, DirectoryLock, lock_holder
 from mehdb.store.mark import forget_divergence, note_divergence, read_divergence, read_mark, write_mark
+from mehdb.store.past import history, value_at
 from mehdb.store.room import Room
 from mehdb.store.schema import Meta, missing_behind, new_history, require_sound
 from mehdb.store.session import StoreOptions
@@ -62,8 +66,10 @@ __all__ = [
     "CommandLock",
     "Condition",
     "DirectoryLock",
+    "Folder",
     "Meta",
     "OnProgress",
+    "Query",
     "Room",
     "Snapshot",
     "Store",
@@ -73,9 +79,11 @@ __all__ = [
     "begin_new_history",
     "check_directory",
     "forget_divergence",
+    "history",
     "in_thread",
     "install",
     "keep_copy",
+    "list_page",
     "lock_holder",
     "make_snapshot",
     "missing_behind",
@@ -89,6 +97,7 @@ __all__ = [
     "sync_directory",
     "sync_file",
     "take_back_half_kept",
+    "value_at",
     "verify_snapshot",
     "write_mark",
 ]  # fmt: skip

@@ -136,10 +136,10 @@ class Log:
     def expire(self) -> None:
         """Delete what has expired: one step of it, in one transaction."""
         due = self._expiry.due(self._clock.now_ms(), EXPIRE_STEP)
-        # On the condition that nothing newer has taken its place.
-        self.write(
-            [Write(key, None, conditions=(Condition(frozenset({revision})),)) for revision, key in due.keys.items()]
-        )
+        if due.keys:  # on the condition that nothing newer has taken its place
+            self.write(
+                [Write(key, None, conditions=(Condition(frozenset({revision})),)) for revision, key in due.keys.items()]
+            )
         self._expiry.move(due.cursor)
 
     def apply(self, page: Page) -> None:

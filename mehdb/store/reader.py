@@ -1,18 +1,19 @@
-"""Reads: point reads, listings and pages, on a read-only connection that one thread uses at a time.
+"""Reads: point reads and pages, on a read-only connection that one thread uses at a time.
 
 The invariant it owns (promise 5): nothing leaves here whose CRC does not match. SQLite shows a commit only after its
 sync (promise 2).
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
 
 import apsw
 
-from mehdb.errors import Compacted, DamagedRow
+from mehdb.errors import AnswerTooLarge, Compacted, DamagedRow
 from mehdb.model import GENESIS, ORIGIN, Chain, Change, Page, Revision
-from mehdb.store.schema import Meta, is_damage, open_reader
+from mehdb.store.schema import Meta, is_damage, open_reader, read_meta
 from mehdb.store.seal import is_intact
 
 # The hottest statement of all. A sub-select, not a join: SQLite runs it with half the instructions. What lies behind a
@@ -22,6 +23,11 @@ GET: Final = """
         iif(length(value) <= ?2, content_type, NULL), iif(length(value) <= ?2, expires_at, NULL),
         iif(length(value) <= ?2, crc, NULL)
     FROM change WHERE revision = (SELECT revision FROM entry WHERE key = ?1)"""
+SEVERAL: Final = """
+    SELECT entry.key, entry.revision, length(value), change.revision, change.key,
+        iif(length(value) <= ?2, value, NULL), iif(length(value) <= ?2, content_type, NULL),
+        iif(length(value) <= ?2, expires_at, NULL), iif(length(value) <= ?2, crc, NULL)
+    FROM entry LEFT JOIN change ON change.revision = entry.revision WHERE entry.key IN carray(?1)"""
 DANGLING: Final = """
     SELECT revision FROM entry
     WHERE key = ? AND NOT EXISTS (SELECT 1 FROM change WHERE change.revision = entry.revision)"""
@@ -29,7 +35,6 @@ DANGLING: Final = """
 # zeros now, which no key holds. So that key is not found, but its beginning is, which the index holds on another page.
 KEY_BYTES_IN_PLACE: Final = 480  # at least, of a key too long to be there whole; https://sqlite.org/fileformat.html
 ZEROED: Final = "SELECT revision FROM entry WHERE key > ? AND key < ? AND instr(key, x'00') LIMIT 1"
-KEYS: Final = "SELECT key FROM entry WHERE key >= ? AND key < ? ORDER BY key LIMIT ?"
 CHAIN: Final = "SELECT chain FROM change WHERE revision = ?"
 CHANGES: Final = """
     SELECT revision, key, value, content_type, expires_at, crc, chain FROM change
@@ -46,17 +51,17 @@ class Reader:
     """Reads of the store in one directory."""
 
     def __init__(self, directory: Path) -> None:
-        self._connection = open_reader(directory)
-        self._cursor = self._connection.cursor()
+        self.connection = open_reader(directory)
+        self._cursor = self.connection.cursor()
 
     def begin(self) -> None:
         """Read from one snapshot from now on: to begin one for each read takes as long as the read itself."""
-        self._connection.execute("BEGIN")
+        self.connection.execute("BEGIN")
 
     def end(self) -> None:
         """Let go of that snapshot. While one is held, SQLite cannot use the WAL again from its start."""
-        if self._connection.in_transaction:  # SQLite has ended it by itself over a page that could not be read
-            self._connection.execute("ROLLBACK")  # a COMMIT would fail again over such a page
+        if self.connection.in_transaction:  # SQLite has ended it by itself over a page that could not be read
+            self.connection.execute("ROLLBACK")  # a COMMIT would fail again over such a page
 
     def get(self, key: bytes, value_bytes_max: int) -> Change | None:
         """Return the change that *key* is live with, None if it is not live.
@@ -68,7 +73,7 @@ class Reader:
             rows = self._cursor.execute(GET, (key, value_bytes_max)).fetchall()
             dangling = [] if rows else self._cursor.execute(DANGLING, (key,)).fetchall()
             if not rows:
-                require_absent(self._connection, key)
+                require_absent(self.connection, key)
         except (apsw.Error, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
@@ -88,27 +93,81 @@ class Reader:
             raise _damaged_change(revision, key)
         return change
 
-    def keys(self, prefix: bytes, after: bytes, limit: int) -> list[bytes]:
-        """Return the live keys that start with *prefix* and sort after *after*, in byte order, at most *limit*."""
-        first = max(prefix, after + b"\0" if after else b"")  # one bound, so that SQLite starts there
+    def several(self, keys: tuple[bytes, ...], value_bytes_max: int, bytes_max: int) -> tuple[Revision, list[Change]]:
+        """Return the changes that those of *keys* that are live are live with, and the revision of that state.
+
+        Raises `DamagedRow`, `LargeValue` as `get` does, and `AnswerTooLarge` if all are larger than *bytes_max*.
+        """
+        changes: list[Change] = []
+        size_bytes = 0
         try:
-            require_absent(self._connection, first)
-            keys = [key for (key,) in self._connection.execute(KEYS, (first, prefix + AFTER_UTF8, limit))]
+            with self.snapshot() as meta:
+                for row in self.connection.execute(SEVERAL, (apsw.carray(keys), value_bytes_max)):
+                    columns: tuple[Any, ...] = row
+                    entry_key, entry_revision, value_bytes, *stored, expected_crc = columns
+                    size_bytes += value_bytes or 0
+                    if size_bytes > bytes_max:
+                        raise AnswerTooLarge(
+                            f"the values have more than {bytes_max} bytes together: ask for fewer keys at once"
+                        )
+                    if value_bytes is not None and value_bytes > value_bytes_max:
+                        raise LargeValue
+                    change = Change(*stored)
+                    if change.key != entry_key or change.value is None or not is_intact(change, expected_crc):
+                        raise _damaged_change(entry_revision, entry_key)
+                    changes.append(change)
+                found = {change.key for change in changes}
+                for key in keys:
+                    if key not in found:
+                        require_absent(self.connection, key)
+                return meta.head, changes
+        except (apsw.Error, UnicodeDecodeError) as error:
+            if not is_damage(error):
+                raise
+            raise DamagedRow("the keys cannot be read whole from this node's disk: read another node") from error
+
+    def change(self, query: str, parameters: tuple[int | bytes, ...]) -> Change | None:
+        """Return the one change that *query* finds, with its CRC behind its columns. Raises `DamagedRow`."""
+        try:
+            rows: list[tuple[Any, ...]] = self.connection.execute(query, parameters).fetchall()
+        except (apsw.Error, UnicodeDecodeError) as error:
+            if not is_damage(error):
+                raise
+            raise DamagedRow("the log cannot be read whole from this node's disk: read another node") from error
+        for *columns, expected_crc in rows:
+            change = Change(*columns)
+            if not is_intact(change, expected_crc):
+                raise _damaged(change.revision)
+            return change
+        return None
+
+    def meta(self) -> Meta:
+        """Return the state of the store, as this reader sees it. Raises `DamagedRow`."""
+        try:
+            return read_meta(self.connection)
         except apsw.Error as error:
             if not is_damage(error):
                 raise
-            raise DamagedRow("the index cannot be read whole from this node's disk: read another node") from error
-        for key in keys:
-            if b"\0" in key:  # see `ZEROED`
-                raise DamagedRow("the end of a key is damaged on this node's disk: read another node")
-        return keys
+            raise DamagedRow("the store's state cannot be read from this node's disk: read another node") from error
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Meta]:
+        """Have all reads of the block see one state, which it gives. Within another one: that one's."""
+        begins = not self.connection.in_transaction
+        if begins:
+            self.begin()
+        try:
+            yield self.meta()
+        finally:
+            if begins:
+                self.end()
 
     def chain(self, revision: Revision) -> Chain:
         """Return the chain at *revision*. Raises `Compacted` if its change is gone."""
         if revision == ORIGIN:
             return GENESIS
         try:
-            row = self._connection.execute(CHAIN, (revision,)).fetchone()
+            row = self.connection.execute(CHAIN, (revision,)).fetchone()
         except apsw.Error as error:
             if not is_damage(error):
                 raise
@@ -142,7 +201,7 @@ class Reader:
         """Yield each change after *after*, up to *head*, with the chain at it. Raises `DamagedRow` and `Compacted`."""
         expected = after
         try:
-            for row in self._connection.execute(CHANGES, (after, head)):
+            for row in self.connection.execute(CHANGES, (after, head)):
                 *columns, expected_crc, chain = row
                 change, expected = Change(*columns), Revision(expected + 1)
                 if change.revision != expected:
@@ -157,7 +216,7 @@ class Reader:
 
     def close(self) -> None:
         """Close the connection."""
-        self._connection.close()
+        self.connection.close()
 
 
 def require_absent(connection: apsw.Connection, key: bytes) -> None:

@@ -17,7 +17,7 @@ from typing import Final, Self, TypeVar
 import apsw
 
 from mehdb.errors import Damaged, DamagedRow, DiskFull, NotNow, StoreFailed
-from mehdb.model import VALUE_BYTES_LIMIT, Change
+from mehdb.model import VALUE_BYTES_LIMIT, Change, Revision
 from mehdb.store.clock import Clock
 from mehdb.store.log import Log
 from mehdb.store.mark import AcknowledgedMark
@@ -29,6 +29,8 @@ from mehdb.store.writer import Writer
 T = TypeVar("T")
 
 SCAN_THREADS: Final = 4  # scans are short and share one interpreter: enough that one slow listing stops no follower
+FEW_KEYS: Final = 128  # half a millisecond: less than a thread would cost the event loop
+FEW_VALUE_BYTES: Final = 4 << 10  # so that all of them are little as well
 SMALL_VALUE_BYTES: Final = 64 << 10  # 16 pages of the file: still quick if none of them is in the kernel's cache
 
 
@@ -151,6 +153,17 @@ class Session:
             return self._point_reader.get(key, SMALL_VALUE_BYTES)
         except LargeValue:
             return await self.scan(lambda reader: reader.get(key, VALUE_BYTES_LIMIT))
+
+    async def several(self, keys: tuple[bytes, ...], bytes_max: int) -> tuple[Revision, list[Change]]:
+        """Return what those of *keys* that are live are live with, as `Reader.several` does.
+
+        Some small values are read on the event loop, anything else in a thread.
+        """
+        if len(keys) <= FEW_KEYS:
+            self._pin()
+            with contextlib.suppress(LargeValue):
+                return self._point_reader.several(keys, FEW_VALUE_BYTES, bytes_max)
+        return await self.scan(lambda reader: reader.several(keys, VALUE_BYTES_LIMIT, bytes_max))
 
     async def scan(self, read: Callable[[Reader], T]) -> T:
         """Run *read* in a thread that has a reader of its own."""

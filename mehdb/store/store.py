@@ -339,9 +339,18 @@ class Store:
             self._note_damage(error)
             raise
 
-    async def keys(self, prefix: bytes = b"", after: bytes = b"", limit: int = 1000) -> list[bytes]:
-        """Return live keys that start with *prefix* and sort after *after*, in byte order, at most *limit*."""
-        return await self.scan(lambda reader: reader.keys(prefix, after, limit))
+    async def several(self, keys: tuple[bytes, ...], bytes_max: int) -> tuple[Revision, list[Change]]:
+        """Return what those of *keys* that are live are live with, in any order, and the revision of that state.
+
+        Raises `DamagedRow`, `StoreAway`, and `AnswerTooLarge` if they have more than *bytes_max* together.
+        """
+        if self._session is None:
+            raise _away()
+        try:
+            return await self._session.several(keys, bytes_max)
+        except DamagedRow as error:
+            self._note_damage(error)
+            raise
 
     async def page_after(self, position: Position) -> Page | None:
         """Return the next page for a store at *position*, None at the head. Raises what `page_after` does."""

@@ -64,7 +64,7 @@ def test_an_unknown_parameter_is_refused_and_named(leader: Node, target: str) ->
 
 
 def test_an_unknown_parameter_of_a_write_is_refused(connection: Connection) -> None:
-    assert_error(connection.ask("PUT", "/set/a?ttl=60", b"1"), 400, "bad_parameter")
+    assert_error(connection.ask("PUT", "/set/a?tll=60", b"1"), 400, "bad_parameter")
     assert_error(connection.ask("DELETE", "/delete/a?if=1"), 400, "bad_parameter")
 
 
@@ -94,7 +94,7 @@ def test_a_bad_level_of_a_status_is_refused(leader: Node, query: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["/", "/get", "/set", "/GET/a", "/keys/", "/keys/a", "/status/", "/favicon.ico", "//get/a", "/g%65t/a"]
+    "target", ["/", "/set", "/GET/a", "/keys/", "/keys/a", "/status/", "/favicon.ico", "//get/a", "/g%65t/a"]
 )
 def test_an_unknown_route_is_answered_with_those_there_are(leader: Node, target: str) -> None:
     reply = ask(leader, "GET", target)

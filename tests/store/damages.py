@@ -29,7 +29,7 @@ from mehdb.store.log import Log
 from mehdb.store.mark import FILE_NAME as MARK
 from mehdb.store.mark import AcknowledgedMark
 from mehdb.store.schema import PAGE_SIZE, SHM_NAME, open_reader, open_writer
-from stores import checksum_of
+from stores import checksum_of, keys_of
 
 HISTORY: Final = History("0123456789abcdef" * 2)
 KEYS: Final = 300
@@ -249,7 +249,7 @@ class Answers:
         """Read every key that ever was, the list of them, and the log."""
         for key in sorted({change.key for change in self.known.changes}):
             await self._read(f"get {key!r}", self.store.get(key), self.known.live.get(key))
-        await self._read("keys", self.store.keys(limit=2 * KEYS), sorted(self.known.live))
+        await self._read("keys", keys_of(self.store, limit=2 * KEYS), sorted(self.known.live))
         if kind != "compacted":
             await self._read("changes", self._changes(), self.known.changes)
 

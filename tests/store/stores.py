@@ -15,7 +15,7 @@ import apsw
 
 from disk import Disk
 from mehdb.model import GENESIS, Chain, Change, Epoch, History, Page, Position, Revision
-from mehdb.store import Store, StoreOptions, Write
+from mehdb.store import Query, Store, StoreOptions, Write, list_page
 from mehdb.store.check import check
 from mehdb.store.schema import CHECKSUM_BYTES, PAGE_SIZE, open_reader, use_page_checksums
 
@@ -45,6 +45,12 @@ async def leading(directory: Path, **options: Any) -> AsyncIterator[Store]:
 async def put(store: Store, key: bytes, value: bytes | None, content_type: str | None = None) -> Revision:
     """Write one change; a value of None deletes."""
     return await store.write(Write(key, value, content_type))
+
+
+async def keys_of(store: Store, prefix: bytes = b"", after: bytes = b"", limit: int = 1000) -> list[bytes]:
+    """Return live keys in order, as a listing has them."""
+    page = await store.scan(lambda reader: list_page(reader, Query(prefix, after, limit=limit)))
+    return [item for item in page.items if isinstance(item, bytes)]
 
 
 async def next_page(leader: Store, follower: Store) -> Page:

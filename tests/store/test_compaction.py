@@ -19,6 +19,7 @@ from stores import (
     changes_of,
     enqueue,
     held,
+    keys_of,
     leading,
     opened,
     outcomes,
@@ -113,7 +114,7 @@ async def test_what_is_live_is_kept_however_old(directory: Path) -> None:
         assert change is not None
         assert (change.value, change.content_type, change.revision) == (b"1", "text/plain", 1)
         assert await store.get(b"gone") is None
-        assert await store.keys() == [b"key-0", b"old"]
+        assert await keys_of(store) == [b"key-0", b"old"]
         first, *others = [change.revision for change in changes_of(directory)]
         assert (first, others) == (1, list(range(104 - len(others), 104)))
         assert (await store.check()).problems == ()
@@ -228,7 +229,7 @@ async def test_damage_in_the_way_stops_compaction_and_no_write(directory: Path) 
     async with opened(directory, retain_changes=100) as store:
         for n in range(20):
             assert await put(store, b"new-%d" % n, b"value") == 5001 + n
-        assert await store.keys(b"new-", limit=100) == sorted(b"new-%d" % n for n in range(20))
+        assert await keys_of(store, b"new-", limit=100) == sorted(b"new-%d" % n for n in range(20))
         assert store.meta.changes > 1000
         assert not store.failure.done()
         assert (await store.check()).problems

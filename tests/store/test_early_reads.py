@@ -17,7 +17,7 @@ import pytest
 from disk import WAL, Disk
 from mehdb.model import Position
 from mehdb.store import Store, Write
-from stores import catch_up, held, leading, opened, tables_of, until
+from stores import catch_up, held, keys_of, leading, opened, tables_of, until
 
 SYNC_TAKES_S: Final = 0.3
 SYNCS: Final = 20
@@ -75,7 +75,7 @@ class Seen:
             for key in (b"key", b"<%d>" % chance.randrange(1, max(2, 4 * SYNCS))):
                 change = await store.get(key)
                 self.note(change.value if change else None)
-            self.note(*await store.keys(limit=5000))
+            self.note(*await keys_of(store, limit=5000))
             if page := await store.page_after(position):
                 position = page.end
                 self.note(*[change.key for change in page.changes], *[change.value for change in page.changes])

@@ -19,7 +19,7 @@ import pytest
 from mehdb.model import History
 from mehdb.store import Store, make_snapshot
 from mehdb.store.room import BALLAST_NAME
-from stores import fill, leading, opened
+from stores import fill, keys_of, leading, opened
 
 CALLS: Final = (
     "write", "pwrite64", "fsync", "fdatasync", "ftruncate", "fallocate",
@@ -79,7 +79,7 @@ class Template(NamedTuple):
 
 async def held(store: Store) -> Held:
     """Return what *store* holds."""
-    changes = {key: await store.get(key) for key in await store.keys()}
+    changes = {key: await store.get(key) for key in await keys_of(store)}
     return Held(store.meta.history, {key: change and change.value for key, change in changes.items()})
 
 

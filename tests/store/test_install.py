@@ -24,7 +24,7 @@ from mehdb.store import (
     require_sound,
     verify_snapshot,
 )
-from stores import child, fill, leading, opened, put, rewrite, sql, tables_of, until
+from stores import child, fill, keys_of, leading, opened, put, rewrite, sql, tables_of, until
 
 OLD_CHANGES: Final = 40
 NEW_CHANGES: Final = 60
@@ -340,7 +340,7 @@ async def read_on(store: Store, errors: set[str]) -> None:
             change = await store.get(b"key-0")
             assert change is not None
             assert change.value in (b"old-1", b"new-1")
-            assert len(await store.keys(b"key-", limit=5)) == 5
+            assert len(await keys_of(store, b"key-", limit=5)) == 5
             position = store.position
             page = await store.page_after(position)  # a commit may come between the two
             assert page is None or page.after == position.revision

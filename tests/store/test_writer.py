@@ -11,7 +11,20 @@ from mehdb.errors import Diverged, KeyNotFound, QueueFull, Stopping
 from mehdb.model import Epoch, History
 from mehdb.store import Store, Write
 from mehdb.store.writer import BATCH_BYTES_MAX, BATCH_WRITES_MAX, WRITE_OVERHEAD_BYTES
-from stores import enqueue, held, leading, next_page, one_in_flight, opened, outcomes, put, sets, tables_of, until
+from stores import (
+    enqueue,
+    held,
+    keys_of,
+    leading,
+    next_page,
+    one_in_flight,
+    opened,
+    outcomes,
+    put,
+    sets,
+    tables_of,
+    until,
+)
 
 HISTORY: Final = History("0123456789abcdef" * 2)
 
@@ -167,7 +180,7 @@ async def test_a_full_queue_refuses_and_recovers(disk: Disk, directory: Path) ->
         assert await outcomes([first, *taken]) == [1, 2, 3, 4]
         assert store.queue_bytes == 0
         assert await outcomes(await enqueue(store, sets(3, bytes(1000), first=10))) == [5, 6, 7]
-        assert await store.keys() == [b"first", b"key-0", b"key-1", b"key-10", b"key-11", b"key-12", b"key-2"]
+        assert await keys_of(store) == [b"first", b"key-0", b"key-1", b"key-10", b"key-11", b"key-12", b"key-2"]
 
 
 async def test_a_full_queue_says_when_to_come_back(disk: Disk, directory: Path) -> None:
@@ -198,7 +211,7 @@ async def test_a_cancelled_writer_still_commits(disk: Disk, leader: Store) -> No
     assert await outcomes([first, *tasks]) == [asyncio.CancelledError, 2, asyncio.CancelledError, 4]
     assert leader.queue_bytes == 0
     assert leader.head == 4
-    assert await leader.keys() == [b"first", b"key-0", b"key-1", b"key-2"]
+    assert await keys_of(leader) == [b"first", b"key-0", b"key-1", b"key-2"]
 
 
 async def test_a_page_waits_for_the_writes_before_it_and_goes_before_those_after_it(disk: Disk, leader: Store) -> None:

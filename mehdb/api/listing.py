@@ -1,0 +1,120 @@
+"""Many keys at once, and what they were: GET /keys, POST /get and GET /history/KEY."""
+
+from typing import Final
+from urllib.parse import quote, urlencode
+
+import msgspec
+from aiohttp import web
+
+from mehdb.api import lines
+from mehdb.api.answers import NDJSON, Answer, json_answer
+from mehdb.api.data import refuse_if_empty
+from mehdb.api.node import NodeView
+from mehdb.api.requests import BodyBudget, Parameters, Target, decode_key, no_parameters, read_body, revision_number
+from mehdb.errors import BadBody, BatchTooLarge, KeyNotFound
+from mehdb.model import Change, checked_key
+from mehdb.settings import Settings, whole_number
+from mehdb.store import Folder, Query, Store, history, list_page
+
+LIMIT_DEFAULT: Final = 1000  # one screenful for a person, one round trip for a program
+LIMIT_MAX: Final = 10_000  # at 1 KiB a key, 10 MiB in memory
+KEYS_AT_ONCE_MAX: Final = 1000
+KEYS_BYTES_MAX: Final = 8 << 20  # the longest keys, so many, with every character escaped
+TOO_LARGE: Final = f"a list of keys may have {KEYS_BYTES_MAX} bytes: ask for fewer at once"
+ANSWER_BYTES_MAX: Final = 16 << 20  # of values
+
+
+class ListingRoutes:
+    """The routes that read many keys, and a key's past."""
+
+    def __init__(self, node: NodeView, store: Store, settings: Settings, arriving: BodyBudget) -> None:
+        self._node = node
+        self._store = store
+        self._settings = settings
+        self._arriving = arriving
+
+    async def keys(self, _request: web.BaseRequest, target: Target, _rest: str) -> Answer:
+        """List live keys in byte order, with their values or without: one page, and a link to the next."""
+        parameters = Parameters(target.query)
+        texts = {name: parameters.take(name, str, "") for name in ("prefix", "after", "before", "delimiter")}
+        limit = parameters.take("limit", whole_number(1, LIMIT_MAX), LIMIT_DEFAULT)
+        values = parameters.take("values", switch, default=False)
+        parameters.finish()
+        refuse_if_empty(self._store)
+        query = Query(**{name: text.encode() for name, text in texts.items()}, limit=limit, values=values)
+        page = await self._store.scan(lambda reader: list_page(reader, query))
+        headers = f'ETag: "{page.revision}"\r\n'
+        if page.last is not None:
+            cursor = texts | {"after": page.last.decode(), "limit": str(limit), "values": "true" if values else ""}
+            headers += _next("/keys", cursor)
+        if not values:
+            names = [item.prefix if isinstance(item, Folder) else item for item in page.items]
+            answer = json_answer([name.decode() for name in names if isinstance(name, bytes)], headers=headers)
+            answer.revision = page.revision
+            return answer
+        now_ms = self._store.now_ms()
+        entries = [
+            lines.Folder(item.prefix.decode()) if isinstance(item, Folder) else lines.entry(item, now_ms)
+            for item in page.items
+            if isinstance(item, Folder | Change)
+        ]
+        return Answer(lines.encode_lines(entries), NDJSON, headers=headers, revision=page.revision)
+
+    async def several(self, request: web.BaseRequest, target: Target, _rest: str) -> Answer:
+        """Answer with the values of the keys in the body, in their order, all of one state."""
+        no_parameters(target.query)
+        body = await read_body(request, KEYS_BYTES_MAX, self._settings.body_timeout, self._arriving, TOO_LARGE)
+        keys = _keys(body)
+        refuse_if_empty(self._store)
+        revision, changes = await self._store.several(keys, ANSWER_BYTES_MAX)
+        now_ms, found = self._store.now_ms(), {change.key: change for change in changes}
+        entries = [lines.entry(found[key], now_ms) if key in found else lines.absent(key) for key in keys]
+        return Answer(lines.encode_lines(entries), NDJSON, headers=f'ETag: "{revision}"\r\n', revision=revision)
+
+    async def history(self, _request: web.BaseRequest, target: Target, rest: str) -> Answer:
+        """Answer with the changes of a key that are retained, the newest first: one page, and a link to the next."""
+        key = decode_key(rest)
+        parameters = Parameters(target.query)
+        before = parameters.take("before", revision_number, None)
+        limit = parameters.take("limit", whole_number(1, LIMIT_MAX), LIMIT_DEFAULT)
+        values = parameters.take("values", switch, default=False)
+        parameters.finish()
+        refuse_if_empty(self._store)
+        past = await self._store.scan(lambda reader: history(reader, key, before, limit))
+        if not past.changes and before is None:
+            raise KeyNotFound("this node retains no change of such a key")
+        headers = f"Mehdb-Floor: {past.floor}\r\n"
+        if past.more:
+            oldest = str(past.changes[-1].revision)
+            cursor = {"before": oldest, "limit": str(limit), "values": "true" if values else ""}
+            headers += _next(f"/history/{quote(key)}", cursor)
+        events = [lines.event(change, values=values) for change in past.changes]
+        return Answer(lines.encode_lines(events), NDJSON, headers=headers)
+
+
+def switch(text: str) -> bool:
+    """Return whether *text* is true. Raises `ValueError` unless it is true or false."""
+    if text not in ("true", "false"):
+        raise ValueError("must be true or false")
+    return text == "true"
+
+
+def _next(path: str, cursor: dict[str, str]) -> str:
+    """Return the header that links to the next page (RFC 8288)."""
+    query = urlencode({name: value for name, value in cursor.items() if value}, quote_via=quote)
+    return f'Link: <{path}?{query}>; rel="next"\r\n'
+
+
+def _keys(body: bytes) -> tuple[bytes, ...]:
+    """Return the keys in *body*, a JSON array. Raises `BadBody`, `BadKey` and `BatchTooLarge`."""
+    try:
+        texts = msgspec.json.decode(body, type=list[str])
+        keys = tuple(text.encode() for text in texts)
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise BadBody(f'the body must be a JSON array of keys, such as ["a","b/c"]: {error}') from error
+    if not 1 <= len(keys) <= KEYS_AT_ONCE_MAX:
+        kind = BatchTooLarge if keys else BadBody
+        raise kind(f"{len(keys)} keys: ask for 1 to {KEYS_AT_ONCE_MAX} at once")
+    for key in keys:
+        checked_key(key)
+    return keys
