@@ -61,7 +61,7 @@ class Connection:
             line = self._file.readline()
             assert line.startswith(b"HTTP/1.1 "), f"not the start of an answer: {line!r}"
             status, headers = int(line.split()[1]), http.client.parse_headers(self._file)
-        bodiless = method == "HEAD" or status in (100, 204)
+        bodiless = method == "HEAD" or status in (100, 204, 304)
         size_bytes = 0 if bodiless else int(headers["Content-Length"])
         return Reply(status, headers, self._file.read(size_bytes))
 

@@ -1,6 +1,8 @@
 """/keys: byte order, prefixes, and pages that are followed to the end."""
 
+import json
 import re
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -74,25 +76,105 @@ def test_following_the_links_gives_every_key_once(lister: Connection, limit: int
     assert 0 < len(found[-1]) <= limit
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def folded(keys: list[str], prefix: str, delimiter: str) -> list[str]:
+    """Return *keys*, which start with *prefix*, with a folder in place of those that have *delimiter* behind it."""
+    names = []
+    for key in keys:
+        end = key.find(delimiter, len(prefix)) if delimiter else -1
+        name = key if end < 0 else key[: end + len(delimiter)]
+        if not names or names[-1] != name:
+            names.append(name)
+    return names
+
+
+BOUNDS = st.just("") | st.sampled_from(KEYS) | st.text(max_size=3)
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    prefix=st.sampled_from(["", PREFIX, *KEYS]),
-    after=st.sampled_from(KEYS) | st.text(max_size=3),
-    limit=st.integers(1, 30),
-)
-def test_prefix_after_and_limit_select_as_on_a_sorted_list(
-    listed: Cluster, prefix: str, after: str, limit: int
+    prefix=st.sampled_from(["", PREFIX, *KEYS]), after=BOUNDS, before=BOUNDS, limit=st.integers(1, 30),
+    delimiter=st.sampled_from(["", "", "/", "b", "//", "a/"]),
+)  # fmt: skip
+def test_a_listing_selects_and_folds_as_on_a_sorted_list(
+    listed: Cluster, prefix: str, after: str, before: str, limit: int, delimiter: str
 ) -> None:
     with Connection(listed.leader) as connection:
         everything = connection.ask("GET", "/keys?limit=10000").json
         assert everything == sorted(everything, key=str.encode)
-        wanted = [key for key in everything if key.startswith(prefix) and key.encode() > after.encode()]
+        within = [
+            key for key in everything if key.startswith(prefix) and not (before and key.encode() >= before.encode())
+        ]
+        wanted = [name for name in folded(within, prefix, delimiter) if name.encode() > after.encode()]
         # With quote_via, as a client's library would: %20 or +, both are a space in a query.
-        reply = connection.ask(
-            "GET", f"/keys?limit={limit}&after={quote(after)}&prefix={quote(prefix).replace('%20', '+')}"
-        )
+        query = {"limit": str(limit), "after": after, "before": before, "delimiter": delimiter}
+        target = "/keys?" + "&".join(f"{name}={quote(text, safe='')}" for name, text in query.items())
+        target += f"&prefix={quote(prefix).replace('%20', '+')}"
+        reply = connection.ask("GET", target)
+        if after and delimiter and after.startswith(prefix) and delimiter in after[len(prefix) :]:
+            # A folder that the cursor is in has been listed: it is passed over, with all that is in it.
+            inside = folded([after], prefix, delimiter)[0]
+            wanted = [name for name in wanted if not name.startswith(inside)]
         assert reply.json == wanted[:limit]
         assert (next_of(reply) is None) == (len(wanted) <= limit)
+        assert [name for page in pages(connection, target) for name in page] == wanted
+
+
+def entries(reply: Reply) -> list[dict[str, Any]]:
+    assert reply.headers["Content-Type"] == "application/x-ndjson"
+    return [json.loads(line) for line in reply.body.splitlines()]
+
+
+def test_values_are_listed_with_all_that_is_known_of_them(listed: Cluster, connection: Connection) -> None:
+    first = connection.ask("PUT", "/set/values/a?ttl=1000", "é".encode(), {"Content-Type": "text/plain"}).revision
+    connection.ask("PUT", "/set/values/b/c", b"\xff\x00")
+    connection.ask("PUT", "/set/values/b/d", b"")
+    connection.ask("PUT", "/set/values/e", b"")
+    position = listed.converge()
+    for node in listed.nodes:
+        with Connection(node) as lister:
+            reply = lister.ask("GET", "/keys?prefix=values/&values=true")
+            a, c, d, e = entries(reply)
+            assert 900 < a.pop("ttl") <= 1000
+            assert a == {"key": "values/a", "revision": first, "size": 2, "content_type": "text/plain", "value": "é"}
+            assert c == {"key": "values/b/c", "revision": first + 1, "size": 2, "content_type": None, "base64": "/wA="}
+            assert (d["value"], d["size"], e["revision"]) == ("", 0, first + 3)
+            assert reply.revision == position["revision"]
+            folders = entries(lister.ask("GET", "/keys?prefix=values/&values=true&delimiter=/"))
+            assert [line.get("key", line.get("prefix")) for line in folders] == ["values/a", "values/b/", "values/e"]
+
+
+def test_a_page_of_large_values_ends_early_and_is_followed(listed: Cluster, connection: Connection) -> None:
+    for number in range(5):
+        connection.ask("PUT", f"/set/large/{number}", bytes(700_000))
+    listed.converge()
+    found, target = [], "/keys?prefix=large/&values=true"
+    while target:
+        reply = connection.ask("GET", target)
+        found.append([line["key"] for line in entries(reply)])
+        target = next_of(reply) or ""
+    assert [key for page in found for key in page] == [f"large/{number}" for number in range(5)]
+    assert [len(page) for page in found] == [2, 2, 1]
+    for number in range(5):
+        connection.ask("DELETE", f"/delete/large/{number}")
+
+
+def test_a_page_is_one_state_of_the_store(listed: Cluster, connection: Connection) -> None:
+    """Two keys are only ever changed together: no listing sees one change without the other, or an older revision."""
+    with Connection(listed.leader) as writer:
+        for number in range(60):
+            body = "".join(f'{{"op":"set","key":"both/{side}","value":"{number}"}}\n' for side in "lr").encode()
+            writer.send(b"POST /batch HTTP/1.1\r\nHost: n\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            reply = connection.ask("GET", "/keys?prefix=both/&values=true")
+            left, right = entries(reply) or [{"value": None, "revision": 0}] * 2
+            assert left["value"] == right["value"]
+            assert reply.revision >= right["revision"]
+            assert writer.reply().status == 200
+
+
+@pytest.mark.parametrize("query", ["values=yes", "values=", "limit=10001", "before=%ff", "prefix=a&prefix=b"])
+def test_a_listing_that_cannot_be_understood_is_refused(connection: Connection, query: str) -> None:
+    reply = connection.ask("GET", f"/keys?{query}")
+    assert (reply.status, reply.error) == (400, "bad_parameter")
 
 
 def test_a_deleted_key_is_not_listed_and_a_cursor_need_not_exist(listed: Cluster) -> None:
