@@ -177,29 +177,29 @@ def test_batches_of_many_clients_are_never_mixed(pair: Cluster) -> None:
 @pytest.fixture(params=["leader", "follower"])
 def reader(pair: Cluster, connection: Connection, request: pytest.FixtureRequest) -> Iterator[Connection]:
     """A connection to either node, both of which have some keys."""
-    batch(connection, put("many/a", "1", content_type="x/y"), put("many/b", "2"), put("many/large", "x" * 100_000))
+    batch(connection, put("several/a", "1", content_type="x/y"), put("several/b", "2"), put("several/large", "x" * 100_000))
     pair.converge()
     with Connection(pair.leader if request.param == "leader" else pair.followers[0]) as connected:
         yield connected
 
 
 def test_many_keys_are_answered_in_the_order_asked(reader: Connection) -> None:
-    keys = ["many/b", "many/none", "many/a", "many/b"]
+    keys = ["several/b", "several/none", "several/a", "several/b"]
     reply = reader.ask("POST", "/get", json.dumps(keys).encode())
     found = parsed(reply)
     assert [line["key"] for line in found] == keys
     b, none, a, again = found
-    assert (none, again) == ({"key": "many/none", "revision": 0}, b)
-    assert a == {"key": "many/a", "revision": b["revision"] - 1, "size": 1, "content_type": "x/y", "value": "1"}
+    assert (none, again) == ({"key": "several/none", "revision": 0}, b)
+    assert a == {"key": "several/a", "revision": b["revision"] - 1, "size": 1, "content_type": "x/y", "value": "1"}
     assert reply.revision >= b["revision"]
 
 
 def test_large_values_and_many_keys_are_read_as_well(reader: Connection) -> None:
-    keys = [*(f"many/none/{n}" for n in range(997)), "many/large", "many/a", "many/b"]
+    keys = [*(f"several/none/{n}" for n in range(997)), "several/large", "several/a", "several/b"]
     found = parsed(reader.ask("POST", "/get", json.dumps(keys).encode()))
     assert [line["revision"] > 0 for line in found] == [False] * 997 + [True] * 3
     assert found[-3]["value"] == "x" * 100_000
-    assert parsed(reader.ask("POST", "/get", b'["many/large"]'))[0]["size"] == 100_000
+    assert parsed(reader.ask("POST", "/get", b'["several/large"]'))[0]["size"] == 100_000
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[]", b"[1]", b'["a"', b'"a"', b'["\xff"]'])
@@ -210,12 +210,12 @@ def test_what_is_no_list_of_keys_is_refused(connection: Connection, body: bytes)
 def test_more_than_one_answer_holds_is_refused(connection: Connection) -> None:
     assert_refused(connection.ask("POST", "/get", json.dumps(["k"] * 1001).encode()), 413, "batch_too_large", "1000")
     for number in range(3):
-        assert connection.ask("PUT", f"/set/many/huge/{number}", bytes(6 * MIB)).status == 200
-    keys = [f"many/huge/{number}" for number in range(3)]
+        assert connection.ask("PUT", f"/set/several/huge/{number}", bytes(6 * MIB)).status == 200
+    keys = [f"several/huge/{number}" for number in range(3)]
     assert_refused(connection.ask("POST", "/get", json.dumps(keys).encode()), 413, "answer_too_large", "fewer")
     assert len(parsed(connection.ask("POST", "/get", json.dumps(keys[:2]).encode()))) == 2
     for number in range(3):
-        assert connection.ask("DELETE", f"/delete/many/huge/{number}").status == 200
+        assert connection.ask("DELETE", f"/delete/several/huge/{number}").status == 200
 
 
 def test_a_batch_survives_the_death_of_its_node(cluster: Cluster) -> None:
