@@ -204,7 +204,9 @@ def error_answer(error: MehdbError) -> Answer:
         headers += f"Retry-After: {error.retry_after_s}\r\n"
     if isinstance(error, MethodNotAllowed):
         headers += f"Allow: {error.allowed}\r\n"
-    body = {"error": error.code, "message": str(error), "status": error.status}
+    if error.etag and error.details.get("revision"):
+        headers += f'ETag: "{error.details["revision"]}"\r\n'
+    body = {"error": error.code, "message": str(error), "status": error.status, **error.details}
     return json_answer(body, status=error.status, headers=headers)
 
 
