@@ -5,6 +5,9 @@
     answers.py    `Answer`: a whole answer and its wire form
     requests.py   what a request says: its target, key, parameters and body
     data.py       /set/, /get/, /delete/, /keys
+    consistency.py  `Reads`: what a read asks of this node: a revision, the leader, how old it may be
+    acks.py       `Acks`: what a write asks of the followers
+    forward.py    `ToLeader`: the redirect to the leader, or the leader's answer
     status.py     /status, /livez, /readyz, /metrics
     replicate.py  /position, /replicate, and who pulls from this node
     snapshot.py   /snapshot

@@ -10,12 +10,14 @@ from aiohttp import StreamReader, web
 
 from mehdb.api.answers import BODY_RATE_MIN
 from mehdb.errors import BadBody, BadKey, BadParameter, BodyTooSlow, ExpectationFailed, QueueFull, ValueTooLarge
-from mehdb.model import checked_key
+from mehdb.model import Revision, checked_key
+from mehdb.settings import whole_number
 
 T = TypeVar("T")
 
 BROKEN_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 PARAMETERS_MAX: Final = 32  # more than any route has
+REVISION_MAX: Final = (1 << 63) - 1  # SQLite's largest integer
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -60,6 +62,9 @@ class Parameters:
 
     def __init__(self, query: str) -> None:
         """Raises `BadParameter` for a query that cannot be decoded, or a parameter given twice."""
+        self._values: dict[str, str] = {}
+        if not query:  # most writes have none
+            return
         if BROKEN_ESCAPE.search(query):
             raise BadParameter("a '%' in a query must be sent as %25, or be followed by two hexadecimal digits")
         try:
@@ -92,6 +97,18 @@ def no_parameters(query: str) -> None:
     """Raise `BadParameter` if *query* has any."""
     if query:
         Parameters(query).finish()
+
+
+def boolean(text: str) -> bool:
+    """Return whether *text* is true. Raises `ValueError` if it is neither that nor false."""
+    if text not in ("true", "false"):
+        raise ValueError("must be true or false")
+    return text == "true"
+
+
+def revision_number(text: str) -> Revision:
+    """Return the revision that *text* is. Raises `ValueError`."""
+    return Revision(whole_number(0, REVISION_MAX)(text))
 
 
 def seconds(most: float) -> Callable[[str], float]:
