@@ -17,7 +17,7 @@ from mehdb import __version__, operations
 from mehdb.errors import MehdbError, Refused, SettingsError
 from mehdb.local import LocalCluster
 from mehdb.model import NodeStatus, Role, State
-from mehdb.settings import SETTINGS, base_url, flag, load
+from mehdb.settings import SETTINGS, base_url, flag, is_switch, load
 from mehdb.transfer import OnStep
 
 EXIT_FAILED: Final = 1
@@ -34,12 +34,13 @@ app = typer.Typer(
 
 def _option(name: str) -> Any:
     """Return the option for the setting *name*, which says its environment variable and its default."""
-    about = next(setting for setting in SETTINGS if setting.name == name).metadata
+    setting = next(setting for setting in SETTINGS if setting.name == name)
+    about = setting.metadata
     default = about["shown"] or about["default"]
     return typer.Option(
         flag(name),
         help=f"{about['help']} (env {about['variable']}, default {default})",
-        metavar=None if name == "local" else "VALUE",
+        metavar=None if is_switch(setting) else "VALUE",
         show_default=False,
     )
 
@@ -85,10 +86,13 @@ def serve(
     disk_reserve: Annotated[str | None, _option("disk_reserve")] = None,
     retain_changes: Annotated[str | None, _option("retain_changes")] = None,
     snapshot_lag: Annotated[str | None, _option("snapshot_lag")] = None,
+    acks: Annotated[str | None, _option("acks")] = None,
+    acks_timeout: Annotated[str | None, _option("acks_timeout")] = None,
+    forward_writes: Annotated[bool, _option("forward_writes")] = False,
     log_level: Annotated[str | None, _option("log_level")] = None,
 ) -> None:
     """Run one node. SIGTERM and SIGINT finish what is queued, close the store and exit 0."""
-    flags = context.params | {"local": "yes" if local else None}
+    flags = context.params | {"local": "yes" if local else None, "forward_writes": "yes" if forward_writes else None}
     settings = load(flags)
     logging.basicConfig(
         level=settings.log_level.upper(),

@@ -11,7 +11,10 @@
     │   └── ExpectationFailed                              417
     ├── NotNow              nobody's fault: the same request may succeed later
     │   ├── QueueFull, NotSynced, Draining, Stopping, Recovering, StoreAway, ReadOnly, SnapshotBusy  503
+    │   ├── NotLeader, LeaderUnreachable, NotConfirmedLeader, TooStale  503
     │   └── NotReady                                       500 (what `/status?level=full` has always answered)
+    ├── NotInTime           what was asked for may still come true; how far it has come is in the answer
+    │   └── NotReached, NotConfirmed, OutcomeUnknown       504
     ├── PositionError       two nodes' positions do not fit together
     │   ├── Diverged                                       409
     │   └── Compacted                                      410
@@ -42,6 +45,8 @@ class MehdbError(Exception):
     code: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
     retry_after_s: ClassVar[int | None] = None
+    etag: ClassVar[bool] = False
+    """Whether the `revision` in *details* is that of the key asked for, and goes into `ETag`."""
 
     def __init__(self, message: str = "", **details: object) -> None:
         super().__init__(message)
@@ -126,6 +131,7 @@ class PreconditionFailed(RequestError):
 
     code = "precondition_failed"
     status = 412
+    etag = True
 
 
 class ValueTooLarge(RequestError):
@@ -215,11 +221,61 @@ class SnapshotBusy(NotNow):
     retry_after_s = 10
 
 
+class NotLeader(NotNow):
+    """Another node passed the request on to this one, which does not lead either."""
+
+    code = "not_leader"
+
+
+class LeaderUnreachable(NotNow):
+    """The request could not be passed on: nothing reached the leader."""
+
+    code = "leader_unreachable"
+
+
+class NotConfirmedLeader(NotNow):
+    """This node leads, but cannot exclude that another one does by now."""
+
+    code = "not_confirmed_leader"
+
+
+class TooStale(NotNow):
+    """This follower last held everything that the leader had longer ago than the reader accepts."""
+
+    code = "too_stale"
+
+
 class NotReady(NotNow):
     """The node is not ready. The Go mehdb answered 500 here, and probes of its manifest count on it."""
 
     code = "not_ready"
     status = 500
+
+
+class NotInTime(MehdbError):
+    """The time that the client gave, or this node takes, was too short."""
+
+    code = "not_in_time"
+    status = 504
+
+
+class NotReached(NotInTime):
+    """This node does not hold the revision yet that the reader must see."""
+
+    code = "not_reached"
+
+
+class NotConfirmed(NotInTime):
+    """The write is on the leader, and fewer followers hold it than were asked for."""
+
+    code = "not_confirmed"
+    etag = True
+
+
+class OutcomeUnknown(NotInTime):
+    """The request was passed on to the leader, and no whole answer came back."""
+
+    code = "outcome_unknown"
 
 
 class PositionError(MehdbError):

@@ -256,6 +256,7 @@ class Life:
         finally:
             self._store.stop_waiting()
             await self._unless_hurried(runner)
+            await api.close()
 
     async def _unless_hurried(self, runner: web.ServerRunner) -> None:
         """Finish the requests under way; told to hurry, leave them to the end of the process."""

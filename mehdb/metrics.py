@@ -70,6 +70,11 @@ class _NodeCollector(Collector):
             yield _gauge(
                 "mehdb_leader_heard_seconds", "Seconds since the leader last answered.", status.leader.heard_seconds_ago
             )
+        if status.leader and status.leader.staleness_seconds is not None:
+            yield _gauge(
+                "mehdb_staleness_seconds", "Seconds since it last held all that the leader then had.",
+                status.leader.staleness_seconds,
+            )  # fmt: skip
         if status.leader and status.leader.lag_revisions is not None:
             yield _gauge("mehdb_lag_revisions", "Revisions behind the leader's head.", status.leader.lag_revisions)
         lag = GaugeMetricFamily("mehdb_follower_lag_revisions", "Revisions a follower is behind.", labels=["node"])

@@ -115,7 +115,8 @@ class FollowerStatus(msgspec.Struct, frozen=True):
 class LeaderStatus(msgspec.Struct, frozen=True):
     """What a follower knows of its leader. Null: never heard from since this process started.
 
-    *problem* says why it is not followed just now; null while it is.
+    *problem* says why it is not followed just now; null while it is. *staleness_seconds* is how long ago the follower
+    last held everything that the leader then had.
     """
 
     url: str
@@ -123,6 +124,7 @@ class LeaderStatus(msgspec.Struct, frozen=True):
     lag_revisions: int | None
     heard_seconds_ago: float | None
     problem: str | None = None
+    staleness_seconds: float | None = None
 
 
 class NodeStatus(msgspec.Struct, frozen=True):

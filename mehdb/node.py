@@ -34,6 +34,7 @@ class Node:
     def __init__(self, settings: Settings, leadership: Leadership, store: Store) -> None:
         self.name = settings.host
         self.role = leadership.role
+        self.leader_url = leadership.leader_url
         self.redirect_url = leadership.redirect_url
         self.followers = Followers()
         self.part: Leader | Follower | None = None
@@ -91,6 +92,23 @@ class Node:
         """Raise `Recovering` on a leader that does not lead yet: nobody may copy what it holds."""
         if self.role is Role.LEADER and not (self.part and self.part.state is State.SERVING):
             raise Recovering("this node does not lead yet: ask again in a moment")
+
+    async def confirm_leading(self) -> None:
+        """Return once it is certain that this node still led after this was called, as far as its peers know.
+
+        Raises `Recovering` and `NotConfirmedLeader`.
+        """
+        part = self.part
+        if isinstance(part, Leader) and part.state is State.SERVING:
+            await part.confirm()
+        if not isinstance(part, Leader) or self.part is not part or part.state is not State.SERVING:
+            raise Recovering("this node does not lead just now: ask again in a moment")
+
+    def staleness_s(self) -> float | None:
+        """Return how long ago this node last held everything that its leader then had; None if it is not known."""
+        if self.role is Role.LEADER:
+            return 0.0
+        return self.part.staleness_s() if isinstance(self.part, Follower) else None
 
     def note_follower(self, position: Position, epoch: Epoch, address: str | None) -> None:
         """Take note of a node at *address* whose store is at *position*: it may hold what this leader lacks.

@@ -17,6 +17,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
@@ -27,6 +28,8 @@ from mehdb.errors import (
     Compacted,
     DiskFull,
     Diverged,
+    LeaderUnreachable,
+    OutcomeUnknown,
     PeerAbsent,
     PeerAnswerInvalid,
     PeerUnreachable,
@@ -54,20 +57,27 @@ from mehdb.model import (
 CONNECT_TIMEOUT_S: Final = 2.0  # a dead address answers nothing: one retry of the kernel's SYN
 ANSWER_TIMEOUT_S: Final = 2.5  # between two chunks of an answer: whoever works on one says so each second (102)
 PAGE_TIMEOUT_S: Final = 60.0  # for a whole page of the largest size, beyond that: 1 MiB/s
+RELAY_RATE_MIN: Final = 1 << 20  # bytes per second, for a body that is passed on
 HEADERS: Final = {"Mehdb-Heartbeat": "yes"}
 ABSENT_NAMES: Final = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 REPR_DIGEST: Final = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")  # RFC 9530
+WAITED: Final = "Mehdb-Waited"  # seconds that a peer held a request before it found that there is no more to give
+SECONDS: Final = re.compile(r"[0-9]{1,4}\.[0-9]{3}")
 NUMBER: Final = re.compile("[0-9]{1,18}")  # below 2**63: what a column can hold
 
 
 class Pull(NamedTuple):
-    """The answer to one request for a page. *page* is None when the peer has nothing after the position."""
+    """The answer to one request for a page. *page* is None when the peer has nothing after the position.
+
+    *as_of_s*, by this process's monotonic clock: the peer had nothing beyond *head* at that moment.
+    """
 
     history: History
     epoch: Epoch
     head: Revision
     page: Page | None
     state: str = State.SERVING  # the peer's
+    as_of_s: float = 0.0
 
 
 class Download(NamedTuple):
@@ -78,16 +88,54 @@ class Download(NamedTuple):
     size_bytes: int
 
 
+class Relay(NamedTuple):
+    """A client's request, as it is passed on: *target* and *headers* byte for byte."""
+
+    method: str
+    target: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+class Relayed:
+    """The answer to what was passed on: its head is here, its body is still to come. Whoever has one closes it."""
+
+    def __init__(self, url: str, answer: httpx.Response) -> None:
+        self.status = answer.status_code
+        self.headers = answer.headers.raw
+        length = answer.headers.get("Content-Length", "")
+        self.size_bytes = int(length) if NUMBER.fullmatch(length) else None
+        self._url = url
+        self._answer = answer
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield the body as it comes. Raises `OutcomeUnknown` if its end does not."""
+        try:
+            async for chunk in self._answer.aiter_raw():
+                yield chunk
+        except (httpx.HTTPError, OSError) as error:
+            raise _unknown(self._url, error) from error
+
+    async def close(self) -> None:
+        """Read no more of it."""
+        await self._answer.aclose()
+
+
 class Peer:
     """One other node, at a base URL. An async context manager: leaving it closes the connections."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, connections_max: int = 4) -> None:
         self.url = url
+        self._connections_max = connections_max
 
     @functools.cached_property
     def _client(self) -> httpx.AsyncClient:
         # Made when it is first used: it takes milliseconds, and most pods that there might be do not exist.
-        limits = httpx.Limits(max_connections=4, max_keepalive_connections=2, keepalive_expiry=30)
+        limits = httpx.Limits(
+            max_connections=self._connections_max,
+            max_keepalive_connections=self._connections_max // 2,
+            keepalive_expiry=30,
+        )
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         # trust_env: a proxy for the outside world must not come between two pods.
         return httpx.AsyncClient(
@@ -131,9 +179,14 @@ class Peer:
             "Mehdb-Epoch": str(epoch)
         }  # no parameter: a node of another version would refuse what it does not know
         request = self._client.stream("GET", "/replicate", params=query, headers=headers, timeout=timeout)
+        asked_at_s = monotonic()
         async with self._asking(wait_s + PAGE_TIMEOUT_S), request as answer:
             body = await _body(answer)
-        return self._understood(answer, body, position, epoch if from_leader else None)
+        pull = self._understood(answer, body, position, epoch if from_leader else None)
+        # Not when the answer came: it may have been on its way for long. That the peer waited, it must say itself.
+        waited = answer.headers.get(WAITED, "")
+        waited_s = float(waited) if SECONDS.fullmatch(waited) else 0.0
+        return pull._replace(as_of_s=min(asked_at_s + waited_s, monotonic()))
 
     async def disconnect(self) -> None:
         """Close every connection: the next one resolves the name anew, and may find another node there."""
@@ -155,6 +208,30 @@ class Peer:
         async with self._asking(ANSWER_TIMEOUT_S):
             answer = await self._client.get("/status", headers={"Accept": "application/json"})
         return decode_status(answer.content)
+
+    async def forward(self, relay: Relay, answer_timeout_s: float) -> Relayed:
+        """Pass a client's request on, and return the answer once its head has come.
+
+        The peer may take *answer_timeout_s* for that, and for each piece of the body. Raises `LeaderUnreachable` if
+        nothing reached the peer, `OutcomeUnknown` if something did and no answer came.
+        """
+        write_timeout_s = ANSWER_TIMEOUT_S + len(relay.body) / RELAY_RATE_MIN
+        timeout = httpx.Timeout(
+            answer_timeout_s, connect=CONNECT_TIMEOUT_S, write=write_timeout_s, pool=CONNECT_TIMEOUT_S
+        )
+        request = self._client.build_request(
+            relay.method, "/", content=relay.body, headers=relay.headers, timeout=timeout,
+            extensions={"target": relay.target},
+        )  # fmt: skip
+        try:
+            answer = await self._client.send(request, stream=True)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise LeaderUnreachable(
+                f"nothing was written: the leader, {self.url}, is not reached ({type(error).__name__}): try again"
+            ) from error
+        except (httpx.HTTPError, OSError) as error:
+            raise _unknown(self.url, error) from error
+        return Relayed(self.url, answer)
 
     async def download(self, path: Path, on_progress: Callable[[int, int], None]) -> Download:
         """Write the peer's snapshot to *path* and verify its length and digest. *on_progress* is told bytes, of bytes.
@@ -292,6 +369,13 @@ async def _body(answer: httpx.Response) -> bytes:
         if size_bytes > PAGE_BYTES_MAX:
             raise PeerAnswerInvalid(f"an answer of more than {PAGE_BYTES_MAX} bytes is no page")
     return b"".join(chunks)
+
+
+def _unknown(url: str, error: Exception) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"the request was passed on to the leader, {url}, and no whole answer came ({type(error).__name__}): whether "
+        "anything was written is unknown. Read what is there before you send it again"
+    )
 
 
 def _message(body: bytes) -> str:

@@ -52,6 +52,31 @@ SNAPSHOT_MOST_S: Final = 60.0
 LEAVING: Final = (State.DRAINING, State.STOPPED)
 
 
+class Freshness:
+    """When a follower last held everything that the leader then had.
+
+    A leader that is written to all the time is ahead again whenever one of its heads is reached. So one head is kept,
+    with the moment at which it was the newest, until the store holds it: the follower was complete as of that moment.
+    """
+
+    def __init__(self) -> None:
+        self._as_of_s: float | None = None
+        self._pending: tuple[Revision, float] | None = None
+
+    def note(self, held: Revision, head: Revision, as_of_s: float) -> None:
+        """Take down that the store holds *held*, and that the leader had nothing beyond *head* at *as_of_s*."""
+        if self._pending is not None and held >= self._pending[0]:
+            self._as_of_s, self._pending = self._pending[1], None
+        if held >= head:
+            self._as_of_s, self._pending = as_of_s, None
+        elif self._pending is None:
+            self._pending = head, as_of_s
+
+    def staleness_s(self) -> float | None:
+        """Return how long ago that was; None if it never was."""
+        return None if self._as_of_s is None else monotonic() - self._as_of_s
+
+
 class Follower:
     """Keeps *store* a copy of *leader*'s. `run` never returns; `state`, `problem` and `status` say how it goes."""
 
@@ -75,6 +100,7 @@ class Follower:
         self._divergence = read_divergence(store.directory)  # what is written down beside the store
         if self._divergence and store.reached().revision:
             self.state, self._error = State.DIVERGED, Diverged(self._divergence)
+        self._freshness = Freshness()
         self._progress = 0  # how often it was: a failure after some is a new one
 
     @property
@@ -98,7 +124,12 @@ class Follower:
             None if self._head is None else max(0, self._head - self._store.head),
             None if self._heard_at_s is None else round(monotonic() - self._heard_at_s, 3),
             None if self._error is None else f"{self._error.code}: {self._error}",
+            None if (staleness_s := self.staleness_s()) is None else round(staleness_s, 3),
         )
+
+    def staleness_s(self) -> float | None:
+        """Return how long ago this store last held everything that the leader then had; None if it is not known."""
+        return self._freshness.staleness_s()
 
     async def run(self) -> None:
         """Follow the leader for ever, with pauses when that fails. Raises only what no retry can mend."""
@@ -187,6 +218,7 @@ class Follower:
         certain = await store.continued_by(store.incoming)
         keep = "damaged" if store.damaged or store.damage else None if certain else "behind"
         kept = await store.replace(store.incoming, meta, keep)
+        self._freshness = Freshness()  # what was to be reached may have been of another history
         log.info("snapshot taken revision=%d leader=%s kept=%s", meta.head, self._leader.url, kept or "nothing")
 
     async def _heal_if_damaged(self) -> None:
@@ -234,6 +266,7 @@ class Follower:
         """
         self._progress += 1
         self._head, self._heard_at_s = pull.head, monotonic()
+        self._freshness.note(self._store.head, pull.head, pull.as_of_s)
         # A leader may come back with less than it had when first asked: there is no more to reach than there is.
         self._target = pull.head if self._target is None else min(self._target, pull.head)
         if self._error is not None:
@@ -259,4 +292,5 @@ class Follower:
                 self._divergence = str(error)
                 await asyncio.to_thread(note_divergence, self._store.directory, self._divergence)
             self.state, self._target, self._head = State.DIVERGED, None, None
+            self._freshness = Freshness()  # the leader is at revisions of its own
         self._error = error

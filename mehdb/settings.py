@@ -24,6 +24,8 @@ DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 SIZE_UNITS: Final = {"": 1, "b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9} | {
     "ki": 1 << 10, "kib": 1 << 10, "mi": 1 << 20, "mib": 1 << 20, "gi": 1 << 30, "gib": 1 << 30
 }  # fmt: skip
+ACKS_MAX: Final = 100  # as many followers as a leader lists
+WAIT_S_MAX: Final = 60.0  # proxies and clients give up on a silent connection at about this age
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -195,6 +197,18 @@ class Settings:
         "MEHDB_SNAPSHOT_LAG", whole_number(1, 10**12), "100000",
         "How many changes a follower may be behind before it is sent for a snapshot.",
     )  # fmt: skip
+    acks: int = _setting(
+        "MEHDB_ACKS", whole_number(0, ACKS_MAX), "0",
+        "How many followers must hold a write before it is answered, where it does not say (acks=).",
+    )  # fmt: skip
+    acks_timeout: float = _setting(
+        "MEHDB_ACKS_TIMEOUT", _seconds(0, WAIT_S_MAX), "5",
+        "How long a write waits for them, where it does not say (wait=).",
+    )  # fmt: skip
+    forward_writes: bool = _setting(
+        "MEHDB_FORWARD_WRITES", _switch, None,
+        "Have this node pass writes on to the leader, in place of a redirect.", "off",
+    )  # fmt: skip
     log_level: str = _setting("MEHDB_LOG_LEVEL", _choice(*LOG_LEVELS), "info", f"One of {', '.join(LOG_LEVELS)}.")
     fqdn: str | None = None
     """The pod's own DNS name; None outside Kubernetes. Found, not set."""
@@ -217,6 +231,11 @@ SETTINGS: Final = tuple(one for one in fields(Settings) if one.metadata)
 def flag(name: str) -> str:
     """Return the flag of the setting *name*: `data_dir` → `--data-dir`."""
     return "--" + name.replace("_", "-")
+
+
+def is_switch(setting: Field[Any]) -> bool:
+    """Return whether *setting* is on or off: its flag takes no value."""
+    return setting.metadata["parse"] is _switch
 
 
 def load(
@@ -245,7 +264,9 @@ def load(
     if not HOST_NAME.fullmatch(values["host"]):
         raise SettingsError([f"--host: the host name {values['host']!r} is none, name the node"])
     values["peers"] = values["peers"] or ()
-    values["local"] = bool(values["local"])
+    for setting in SETTINGS:
+        if is_switch(setting):
+            values[setting.name] = bool(values[setting.name])
     if environ.get("KUBERNETES_SERVICE_HOST"):  # the kubelet sets it in every container
         values["fqdn"] = find_fqdn(values["host"])
     settings = Settings(**values)

@@ -81,10 +81,12 @@ def test_a_leader_tells_the_lag_of_each_follower() -> None:
 def test_a_follower_tells_its_own_lag_once_it_knows() -> None:
     unheard = LeaderStatus("http://mehdb-0:9876", None, None, None)
     found = samples(Metrics(lambda: status(role=Role.FOLLOWER, leader=unheard)))
-    assert not {"mehdb_lag_revisions", "mehdb_leader_heard_seconds"} & {name for name, _ in found}
-    heard = LeaderStatus("http://mehdb-0:9876", Revision(9), 2, 0.25)
+    unknown = {"mehdb_lag_revisions", "mehdb_leader_heard_seconds", "mehdb_staleness_seconds"}
+    assert not unknown & {name for name, _ in found}
+    heard = LeaderStatus("http://mehdb-0:9876", Revision(9), 2, 0.25, staleness_seconds=0.5)
     found = samples(Metrics(lambda: status(role=Role.FOLLOWER, leader=heard)))
     assert (found["mehdb_lag_revisions", ()], found["mehdb_leader_heard_seconds", ()]) == (2, 0.25)
+    assert found["mehdb_staleness_seconds", ()] == 0.5
 
 
 def test_requests_are_counted_by_route_method_and_status() -> None:

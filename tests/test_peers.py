@@ -58,11 +58,11 @@ async def test_a_page_comes_with_what_the_leader_says_of_itself(leader: FakeLead
         return page_answer(PAGE, head=9, epoch=3)
 
     leader.answer = page
-    assert await pull(peer) == Pull(HISTORY, Epoch(3), Revision(9), PAGE)
+    assert (await pull(peer))._replace(as_of_s=0) == Pull(HISTORY, Epoch(3), Revision(9), PAGE)
 
 
 async def test_nothing_new_is_no_page(peer: Peer) -> None:
-    assert await pull(peer) == Pull(HISTORY, Epoch(3), POSITION.revision, None)
+    assert (await pull(peer))._replace(as_of_s=0) == Pull(HISTORY, Epoch(3), POSITION.revision, None)
 
 
 def answers() -> dict[str, tuple[web.Response, type[MehdbError]]]:

@@ -46,6 +46,9 @@ EACH: Final = [
     ("disk_reserve", "MEHDB_DISK_RESERVE", "0", 0, 64 << 20),
     ("retain_changes", "MEHDB_RETAIN_CHANGES", "1", 1, 100_000),
     ("snapshot_lag", "MEHDB_SNAPSHOT_LAG", "2000", 2000, 100_000),
+    ("acks", "MEHDB_ACKS", "2", 2, 0),
+    ("acks_timeout", "MEHDB_ACKS_TIMEOUT", "0.5", 0.5, 5.0),
+    ("forward_writes", "MEHDB_FORWARD_WRITES", "yes", True, False),
     ("log_level", "MEHDB_LOG_LEVEL", "WARNING", "warning", "info"),
 ]  # fmt: skip
 each_setting = pytest.mark.parametrize(
@@ -82,6 +85,8 @@ BAD: Final = [
     ("disk_reserve", ["-1", "10%", "2TiB", "1025GiB"]),
     ("retain_changes", ["0", "-1", "1k", "1000000000001"]),
     ("snapshot_lag", ["0", "-1", "1e5", "1000000000001"]),
+    ("acks", ["-1", "101", "1.5", "all"]),
+    ("acks_timeout", ["-1", "61", "nan", "soon"]),
     ("log_level", ["loud", "infos", "info,debug"]),
 ]  # fmt: skip
 
@@ -111,7 +116,7 @@ def problems(
 
 def test_every_setting_is_tested_here() -> None:
     assert [(one.name, one.metadata["variable"]) for one in SETTINGS] == [(name, var) for name, var, *_ in EACH]
-    assert {name for name, _ in BAD} | {"data_dir", "local"} == {one.name for one in SETTINGS}
+    assert {name for name, _ in BAD} | {"data_dir", "local", "forward_writes"} == {one.name for one in SETTINGS}
 
 
 @each_setting
@@ -135,7 +140,10 @@ def test_a_flag_beats_the_default(name: str, variable: str, text: str, meaning: 
     assert getattr(loaded({name: text}), name) == meaning != default
 
 
-OTHERS: Final = {"host": "other", "peers": "http://c:3", "local": "off", "log_level": "debug", "data_dir": "other"}
+OTHERS: Final = {
+    "host": "other", "peers": "http://c:3", "local": "off", "forward_writes": "off", "log_level": "debug",
+    "data_dir": "other",
+}  # fmt: skip
 
 
 @each_setting

@@ -9,6 +9,9 @@
     listing.py    /keys, POST /get, /history/
     conditions.py `If-Match` and `If-None-Match`
     lines.py      entries and changes as lines of JSON
+    consistency.py  `Reads`: what a read asks of this node: a revision, the leader, how old it may be
+    acks.py       `Acks`: what a write asks of the followers
+    forward.py    `ToLeader`: the redirect to the leader, or the leader's answer
     status.py     /status, /livez, /readyz, /metrics
     replicate.py  /position, /replicate, and who pulls from this node
     snapshot.py   /snapshot

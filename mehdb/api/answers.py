@@ -18,7 +18,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from mehdb.errors import BodyTooSlow, MehdbError, MethodNotAllowed, PreconditionFailed, QueueFull
+from mehdb.errors import BodyTooSlow, MehdbError, MethodNotAllowed, QueueFull
 
 T = TypeVar("T")
 
@@ -205,7 +205,7 @@ def error_answer(error: MehdbError) -> Answer:
         headers += f"Retry-After: {error.retry_after_s}\r\n"
     if isinstance(error, MethodNotAllowed):
         headers += f"Allow: {error.allowed}\r\n"
-    if error.status == PreconditionFailed.status and error.details.get("revision"):
+    if error.etag and error.details.get("revision"):
         headers += f'ETag: "{error.details["revision"]}"\r\n'
     body = {"error": error.code, "message": str(error), "status": error.status, **error.details}
     return json_answer(body, status=error.status, headers=headers)

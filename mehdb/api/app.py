@@ -6,15 +6,19 @@ It reads the raw target: aiohttp's own router would decode `a%2Fb` and `a/b` bef
 import logging
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
-from time import time
+from math import ceil, inf
+from time import monotonic, time
 from typing import Final, NamedTuple
 
 from aiohttp import web
 
 from mehdb import __version__
+from mehdb.api.acks import Acks
 from mehdb.api.answers import JOIN_BYTES_MAX, Answer, FileAnswer, Sending, error_answer
 from mehdb.api.batch import BatchRoutes
+from mehdb.api.consistency import AS_OF, Reads
 from mehdb.api.data import DataRoutes
+from mehdb.api.forward import ToLeader
 from mehdb.api.listing import ListingRoutes
 from mehdb.api.node import NodeView
 from mehdb.api.replicate import Followers, ReplicationRoutes
@@ -23,7 +27,7 @@ from mehdb.api.snapshot import SnapshotRoutes
 from mehdb.api.status import StatusRoutes
 from mehdb.errors import MehdbError, MethodNotAllowed, RouteNotFound
 from mehdb.metrics import Metrics
-from mehdb.model import State
+from mehdb.model import Role, State
 from mehdb.settings import Settings
 from mehdb.store import Meta, Store
 
@@ -42,9 +46,11 @@ class Api:
         self, node: NodeView, store: Store, settings: Settings, followers: Followers, metrics: Metrics
     ) -> None:
         arriving = BodyBudget(settings.queue_size)
-        data = DataRoutes(node, store, settings, arriving)
-        batches = BatchRoutes(node, store, settings, arriving)
-        listings = ListingRoutes(node, store, settings, arriving)
+        self._to_leader = to_leader = ToLeader(node, settings, arriving)
+        reads, acks = Reads(node, store, to_leader), Acks(store, followers, settings)
+        data = DataRoutes(node, store, settings, arriving=arriving, to_leader=to_leader, reads=reads, acks=acks)
+        batches = BatchRoutes(node, store, settings, arriving=arriving, to_leader=to_leader, acks=acks)
+        listings = ListingRoutes(store, settings, arriving=arriving, reads=reads)
         status = StatusRoutes(node, metrics)
         replication = ReplicationRoutes(node, store, followers, settings.snapshot_lag)
         snapshots = SnapshotRoutes(node, store)
@@ -71,12 +77,19 @@ class Api:
         self._sending = Sending(settings.queue_size, settings.body_timeout)
         self._node_headers = f"Server: mehdb/{__version__}\r\nMehdb-Node: {node.name}\r\nMehdb-Role: {node.role}\r\n"
         self._common = NOTHING_SHOWN
+        self._follows = node.role is Role.FOLLOWER
+
+    async def close(self) -> None:
+        """Close the connections to other nodes."""
+        await self._to_leader.close()
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer *request*. Never raises but for a client that has gone."""
-        route, method = UNKNOWN, request.method
+        route, method, query = UNKNOWN, request.method, ""
+        as_of_s = self._as_of_s()  # before anything is read: what the answer shows is no older
         try:
             where = target(request.raw_path)
+            query = where.query
             route, rest = self._route(where.path)
             answer = await self._handler(route, method)(request, where, rest)
             if isinstance(answer, Answer) and len(answer.content) > JOIN_BYTES_MAX:
@@ -92,7 +105,10 @@ class Api:
             )
         self._metrics.count_request(route, method if method in self._routes.get(route, ()) else UNKNOWN, answer.status)
         if isinstance(answer, Answer):
-            answer.complete(request, self._common_headers(answer.revision), self._sending, last=self._node.closing)
+            if query:  # or it was not read before something was waited for
+                as_of_s = request.get(AS_OF, as_of_s)
+            common = self._common_headers(answer.revision, as_of_s)
+            answer.complete(request, common, self._sending, last=self._node.closing)
         if isinstance(answer, FileAnswer):
             await answer.send(request)
         return answer
@@ -101,7 +117,7 @@ class Api:
         """Answer *error* to a *request* that could not be parsed, and end the connection."""
         answer = error_answer(error)
         self._metrics.count_request(UNKNOWN, UNKNOWN, answer.status)
-        answer.complete(request, self._common_headers(0), self._sending, last=True)
+        answer.complete(request, self._common_headers(0, self._as_of_s()), self._sending, last=True)
         return answer
 
     def _route(self, path: str) -> tuple[str, str]:
@@ -121,15 +137,28 @@ class Api:
             allowed = ", ".join(self._routes[route])
             raise MethodNotAllowed(f"{route} takes {allowed}: nothing was changed", allowed) from None
 
-    def _common_headers(self, revision: int) -> str:
+    def _as_of_s(self) -> float:
+        """Return the moment, of the monotonic clock, at which this node last held all that its leader had; or -inf."""
+        if not self._follows:
+            return 0.0
+        staleness_s = self._node.staleness_s()
+        return -inf if staleness_s is None else monotonic() - staleness_s
+
+    def _common_headers(self, revision: int, as_of_s: float) -> str:
         """Return the header lines that every answer bears. *revision* is the newest that the answer itself shows.
+
+        A follower held all that its leader had at *as_of_s*: how long ago that is, is told in tenths, rounded up.
 
         SQLite shows a commit to readers a moment before the writer's thread can say so. Clients must not see the
         revision go back in between.
         """
         meta, state, now = self._store.meta, self._node.state, int(time())
+        staleness = 0 if not self._follows else -1 if as_of_s == -inf else ceil(10 * (monotonic() - as_of_s))
         shown = self._common
-        if meta is shown.meta and state is shown.state and now == shown.now and revision <= shown.revision:
+        if (
+            meta is shown.meta and state is shown.state and now == shown.now and staleness == shown.staleness
+            and revision <= shown.revision
+        ):  # fmt: skip
             return shown.lines
         if shown.meta is None or meta.history != shown.meta.history or meta.head < shown.meta.head:
             shown = NOTHING_SHOWN  # another store has taken its place
@@ -139,7 +168,9 @@ class Api:
             f"{self._node_headers}Date: {formatdate(now, usegmt=True)}\r\nMehdb-State: {state}\r\n"
             f"Mehdb-Revision: {revision}\r\nMehdb-Epoch: {meta.epoch}\r\n{history}"
         )
-        self._common = _Common(meta, state, now, revision, lines)
+        if self._follows:
+            lines += f"Mehdb-Staleness: {UNKNOWN if staleness < 0 else staleness / 10}\r\n"
+        self._common = _Common(meta, state, now, staleness, revision, lines)
         return lines
 
 
@@ -149,8 +180,10 @@ class _Common(NamedTuple):
     meta: Meta | None
     state: State | None
     now: int
+    staleness: int
+    """In tenths of a second, -1 if it is unknown. 0 on the leader, which tells none."""
     revision: int
     lines: str
 
 
-NOTHING_SHOWN: Final = _Common(None, None, 0, 0, "")
+NOTHING_SHOWN: Final = _Common(None, None, 0, 0, 0, "")

@@ -9,10 +9,12 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from mehdb.api import lines
+from mehdb.api.acks import Acks
 from mehdb.api.answers import NDJSON, Answer
-from mehdb.api.data import CONTENT_TYPE, TTL_S_MAX, redirect
+from mehdb.api.data import CONTENT_TYPE, TTL_S_MAX
+from mehdb.api.forward import ToLeader
 from mehdb.api.node import NodeView
-from mehdb.api.requests import REVISION_MAX, BodyBudget, Target, no_parameters, read_body
+from mehdb.api.requests import REVISION_MAX, BodyBudget, Parameters, Target, read_body
 from mehdb.errors import BadBody, BadKey, BatchTooLarge, ValueTooLarge
 from mehdb.model import Revision, checked_key
 from mehdb.settings import Settings
@@ -62,31 +64,39 @@ _decoder = msgspec.json.Decoder(Operation)
 class BatchRoutes:
     """The route for batches."""
 
-    def __init__(self, node: NodeView, store: Store, settings: Settings, arriving: BodyBudget) -> None:
+    def __init__(
+        self,
+        node: NodeView,
+        store: Store,
+        settings: Settings,
+        *,
+        arriving: BodyBudget,
+        to_leader: ToLeader,
+        acks: Acks,
+    ) -> None:
         self._node = node
         self._store = store
         self._settings = settings
         self._arriving = arriving
+        self._to_leader = to_leader
+        self._acks = acks
 
     async def batch(self, request: web.BaseRequest, target: Target, _rest: str) -> Answer:
         """Do what the lines of the body say, and answer with a line for each."""
-        if self._node.redirect_url is not None:
-            return redirect(self._node, target)
-        no_parameters(target.query)
+        parameters = Parameters(target.query)
+        if answer := await self._to_leader.write(request, target, parameters):
+            return answer
+        wanted = self._acks.wanted(parameters)
+        parameters.finish()
         with self._node.writing() as recheck:
             body = await read_body(request, BATCH_BYTES_MAX, self._settings.body_timeout, self._arriving, TOO_LARGE)
             operations = _operations(body)
             batch = Batch(tuple(self._operation(number, line) for number, line in enumerate(operations, 1)))
             recheck()
             revisions = await self._store.write_batch(batch)
-        outcomes = [
-            Outcome(NAMES[type(line)], line.key, revision) for line, revision in zip(operations, revisions, strict=True)
-        ]
-        last = max(
-            (r for line, r in zip(operations, revisions, strict=True) if not isinstance(line, CheckLine)), default=0
-        )
-        headers = f'ETag: "{last}"\r\n' if last else ""
-        return Answer(lines.encode_lines(outcomes), NDJSON, headers=headers, revision=last)
+            answer = _answer(operations, revisions)
+            await self._acks.confirm(wanted, Revision(answer.revision))
+        return answer
 
     def _operation(self, number: int, line: Operation) -> Write | Check:
         """Return what *line* asks of the store. Raises `BadKey`, `BadBody` and `ValueTooLarge`."""
@@ -105,6 +115,16 @@ class BatchRoutes:
         if content_type is not None and not CONTENT_TYPE.fullmatch(content_type):
             raise BadBody(f"operation {number}: content_type must be 1 to 255 characters of ASCII: nothing written")
         return Write(key, value, content_type, round(line.ttl * 1000) if line.ttl else None)
+
+
+def _answer(operations: list[Operation], revisions: tuple[Revision, ...]) -> Answer:
+    """Return the outcome of each operation as a line, and the last revision that was given."""
+    outcomes = [
+        Outcome(NAMES[type(line)], line.key, revision) for line, revision in zip(operations, revisions, strict=True)
+    ]
+    last = max((outcome.revision for outcome in outcomes if outcome.op != "check"), default=0)
+    headers = f'ETag: "{last}"\r\n' if last else ""
+    return Answer(lines.encode_lines(outcomes), NDJSON, headers=headers, revision=last)
 
 
 def _operations(body: bytes) -> list[Operation]:

@@ -5,13 +5,16 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
-from mehdb.api.answers import TEXT, Answer, json_answer
+from mehdb.api.acks import Acks, Wanted
+from mehdb.api.answers import TEXT, Answer
 from mehdb.api.conditions import is_unchanged, write_conditions
+from mehdb.api.consistency import Reads
+from mehdb.api.forward import ToLeader
 from mehdb.api.lines import ttl_s
 from mehdb.api.node import NodeView
-from mehdb.api.requests import BodyBudget, Parameters, Target, decode_key, no_parameters, read_body, revision_number
-from mehdb.errors import BadParameter, DamagedRow, Draining, KeyNotFound, NotSynced
-from mehdb.model import Change, Role
+from mehdb.api.requests import BodyBudget, Parameters, Target, decode_key, read_body, revision_number
+from mehdb.errors import BadParameter, DamagedRow, KeyNotFound, NotSynced
+from mehdb.model import ORIGIN, Change, Revision, Role
 from mehdb.settings import Settings
 from mehdb.store import Store, Write, value_at
 
@@ -19,11 +22,6 @@ BYTES: Final = "application/octet-stream"
 CONTENT_TYPE: Final = re.compile(r"[\x20-\x7e]{1,255}")
 WRITTEN: Final = b"WRITE completed"  # what the Go mehdb answered, to the byte
 TTL_S_MAX: Final = 10 * 366 * 86400  # what is to live longer needs no end
-NOT_HERE: Final = {
-    "error": "not_leader",
-    "message": "nothing was written: this node follows. Send the same request to the Location (with curl: add -L)",
-    "status": 307,
-}
 REPAIR: Final = {
     Role.LEADER: "To repair the leader, GET the key from a follower and PUT it anew, or take a follower's whole store "
     "with `mehdb adopt --from URL`",
@@ -34,45 +32,59 @@ REPAIR: Final = {
 class DataRoutes:
     """The routes that read and write one key."""
 
-    def __init__(self, node: NodeView, store: Store, settings: Settings, arriving: BodyBudget) -> None:
+    def __init__(
+        self,
+        node: NodeView,
+        store: Store,
+        settings: Settings,
+        *,
+        arriving: BodyBudget,
+        to_leader: ToLeader,
+        reads: Reads,
+        acks: Acks,
+    ) -> None:
         self._node = node
         self._store = store
         self._settings = settings
         self._arriving = arriving
+        self._to_leader = to_leader
+        self._reads = reads
+        self._acks = acks
 
     async def get(self, request: web.BaseRequest, target: Target, rest: str) -> Answer:
         """Answer with the value of a key, as it was written."""
-        key = decode_key(rest)
+        key, revision = decode_key(rest), None
+        if target.query:
+            parameters = Parameters(target.query)
+            revision = parameters.take("revision", revision_number, None)
+            if answer := await self._reads.admit(request, target, parameters, revision or ORIGIN):
+                return answer
         try:
-            change = await (self._get_at(key, target) if target.query else self._store.get(key))
+            change = await (self._store.get(key) if revision is None else self._get_at(key, revision))
         except DamagedRow as error:
             raise DamagedRow(f"{error}. {REPAIR[self._node.role]}") from error
         if change is None or change.value is None:
             refuse_if_empty(self._store)
-            raise KeyNotFound("no such key on this node")
+            raise KeyNotFound("no such key on this node" if revision is None else f"no such key at revision {revision}")
         headers = f'ETag: "{change.revision}"\r\nX-Content-Type-Options: nosniff\r\n'
-        if change.expires_at is not None:
+        if change.expires_at is not None and revision is None:
             headers += f"Mehdb-TTL: {ttl_s(change.expires_at, self._store.now_ms()):.3f}\r\n"
         known = request.headers.get(hdrs.IF_NONE_MATCH)
         if known is not None and is_unchanged(known, change.revision):
             return Answer(status=304, headers=headers, revision=change.revision)
         return Answer(change.value, change.content_type or BYTES, headers=headers, revision=change.revision)
 
-    async def _get_at(self, key: bytes, target: Target) -> Change | None:
-        """Return what the query asks for: the change that *key* is live with, or was at a revision."""
-        parameters = Parameters(target.query)
-        revision = parameters.take("revision", revision_number, None)
-        parameters.finish()
-        if revision is None:
-            return await self._store.get(key)
+    async def _get_at(self, key: bytes, revision: Revision) -> Change | None:
+        """Return the change that *key* was live with at *revision*."""
         return await self._store.scan(lambda reader: value_at(reader, key, revision))
 
     async def set(self, request: web.BaseRequest, target: Target, rest: str) -> Answer:
         """Store the body as the value of a key."""
-        key = decode_key(rest)
-        if self._node.redirect_url is not None:
-            return redirect(self._node, target)
-        ttl_ms = _ttl_ms(target.query) if target.query else None
+        key, parameters = decode_key(rest), Parameters(target.query)
+        if answer := await self._to_leader.write(request, target, parameters):
+            return answer
+        wanted, ttl_ms = self._acks.wanted(parameters), parameters.take("ttl", ttl, None)
+        parameters.finish()
         content_type = request.headers.get(hdrs.CONTENT_TYPE) or None
         if content_type is not None and not CONTENT_TYPE.fullmatch(content_type):
             raise BadParameter("the Content-Type must be 1 to 255 characters of ASCII: nothing was written")
@@ -81,41 +93,29 @@ class DataRoutes:
         with self._node.writing() as recheck:
             value = await read_body(request, settings.max_value, settings.body_timeout, self._arriving)
             recheck()
-            return await self._write(Write(key, value, content_type, ttl_ms, conditions))
+            return await self._write(Write(key, value, content_type, ttl_ms, conditions), wanted)
 
     async def delete(self, request: web.BaseRequest, target: Target, rest: str) -> Answer:
         """Delete a key."""
-        key = decode_key(rest)
-        if self._node.redirect_url is not None:
-            return redirect(self._node, target)
-        no_parameters(target.query)
+        key, parameters = decode_key(rest), Parameters(target.query)
+        if answer := await self._to_leader.write(request, target, parameters):
+            return answer
+        wanted = self._acks.wanted(parameters)
+        parameters.finish()
         conditions = write_conditions(request.headers)
         with self._node.writing():
-            return await self._write(Write(key, None, conditions=conditions))
+            return await self._write(Write(key, None, conditions=conditions), wanted)
 
-    async def _write(self, write: Write) -> Answer:
+    async def _write(self, write: Write, wanted: Wanted) -> Answer:
         revision = await self._store.write(write)
+        await self._acks.confirm(wanted, revision)
         return Answer(WRITTEN, TEXT, headers=f'ETag: "{revision}"\r\n', revision=revision)
-
-
-def redirect(node: NodeView, target: Target) -> Answer:
-    """Send a writer to the leader: answered before the body is read and before any `100 Continue`."""
-    if node.leader_leaves:
-        raise Draining("the leader is about to restart, nothing was written: try again in a moment")
-    return json_answer(NOT_HERE, status=307, headers=f"Location: {node.redirect_url}{target.text}\r\n")
 
 
 def refuse_if_empty(store: Store) -> None:
     """Raise `NotSynced` for a node that cannot know whether there is anything."""
     if store.meta.history is None:
         raise NotSynced("this node holds nothing yet, so it cannot know: ask another node, or again in a moment")
-
-
-def _ttl_ms(query: str) -> int | None:
-    parameters = Parameters(query)
-    ttl_ms = parameters.take("ttl", ttl, None)
-    parameters.finish()
-    return ttl_ms
 
 
 def ttl(text: str) -> int:

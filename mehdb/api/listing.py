@@ -8,9 +8,9 @@ from aiohttp import web
 
 from mehdb.api import lines
 from mehdb.api.answers import NDJSON, Answer, json_answer
+from mehdb.api.consistency import Reads
 from mehdb.api.data import refuse_if_empty
-from mehdb.api.node import NodeView
-from mehdb.api.requests import BodyBudget, Parameters, Target, decode_key, no_parameters, read_body, revision_number
+from mehdb.api.requests import BodyBudget, Parameters, Target, boolean, decode_key, read_body, revision_number
 from mehdb.errors import BadBody, BatchTooLarge, KeyNotFound
 from mehdb.model import Change, checked_key
 from mehdb.settings import Settings, whole_number
@@ -27,19 +27,20 @@ ANSWER_BYTES_MAX: Final = 16 << 20  # of values
 class ListingRoutes:
     """The routes that read many keys, and a key's past."""
 
-    def __init__(self, node: NodeView, store: Store, settings: Settings, arriving: BodyBudget) -> None:
-        self._node = node
+    def __init__(self, store: Store, settings: Settings, *, arriving: BodyBudget, reads: Reads) -> None:
         self._store = store
         self._settings = settings
         self._arriving = arriving
+        self._reads = reads
 
-    async def keys(self, _request: web.BaseRequest, target: Target, _rest: str) -> Answer:
+    async def keys(self, request: web.BaseRequest, target: Target, _rest: str) -> Answer:
         """List live keys in byte order, with their values or without: one page, and a link to the next."""
         parameters = Parameters(target.query)
         texts = {name: parameters.take(name, str, "") for name in ("prefix", "after", "before", "delimiter")}
         limit = parameters.take("limit", whole_number(1, LIMIT_MAX), LIMIT_DEFAULT)
-        values = parameters.take("values", switch, default=False)
-        parameters.finish()
+        values = parameters.take("values", boolean, default=False)
+        if answer := await self._reads.admit(request, target, parameters):
+            return answer
         refuse_if_empty(self._store)
         query = Query(**{name: text.encode() for name, text in texts.items()}, limit=limit, values=values)
         page = await self._store.scan(lambda reader: list_page(reader, query))
@@ -49,9 +50,9 @@ class ListingRoutes:
             headers += _next("/keys", cursor)
         if not values:
             names = [item.prefix if isinstance(item, Folder) else item for item in page.items]
-            answer = json_answer([name.decode() for name in names if isinstance(name, bytes)], headers=headers)
-            answer.revision = page.revision
-            return answer
+            found = json_answer([name.decode() for name in names if isinstance(name, bytes)], headers=headers)
+            found.revision = page.revision
+            return found
         now_ms = self._store.now_ms()
         entries = [
             lines.Folder(item.prefix.decode()) if isinstance(item, Folder) else lines.entry(item, now_ms)
@@ -62,7 +63,8 @@ class ListingRoutes:
 
     async def several(self, request: web.BaseRequest, target: Target, _rest: str) -> Answer:
         """Answer with the values of the keys in the body, in their order, all of one state."""
-        no_parameters(target.query)
+        if answer := await self._reads.admit(request, target, Parameters(target.query)):
+            return answer
         body = await read_body(request, KEYS_BYTES_MAX, self._settings.body_timeout, self._arriving, TOO_LARGE)
         keys = _keys(body)
         refuse_if_empty(self._store)
@@ -71,14 +73,15 @@ class ListingRoutes:
         entries = [lines.entry(found[key], now_ms) if key in found else lines.absent(key) for key in keys]
         return Answer(lines.encode_lines(entries), NDJSON, headers=f'ETag: "{revision}"\r\n', revision=revision)
 
-    async def history(self, _request: web.BaseRequest, target: Target, rest: str) -> Answer:
+    async def history(self, request: web.BaseRequest, target: Target, rest: str) -> Answer:
         """Answer with the changes of a key that are retained, the newest first: one page, and a link to the next."""
         key = decode_key(rest)
         parameters = Parameters(target.query)
         before = parameters.take("before", revision_number, None)
         limit = parameters.take("limit", whole_number(1, LIMIT_MAX), LIMIT_DEFAULT)
-        values = parameters.take("values", switch, default=False)
-        parameters.finish()
+        values = parameters.take("values", boolean, default=False)
+        if answer := await self._reads.admit(request, target, parameters):
+            return answer
         refuse_if_empty(self._store)
         past = await self._store.scan(lambda reader: history(reader, key, before, limit))
         if not past.changes and before is None:
@@ -90,13 +93,6 @@ class ListingRoutes:
             headers += _next(f"/history/{quote(key)}", cursor)
         events = [lines.event(change, values=values) for change in past.changes]
         return Answer(lines.encode_lines(events), NDJSON, headers=headers)
-
-
-def switch(text: str) -> bool:
-    """Return whether *text* is true. Raises `ValueError` unless it is true or false."""
-    if text not in ("true", "false"):
-        raise ValueError("must be true or false")
-    return text == "true"
 
 
 def _next(path: str, cursor: dict[str, str]) -> str:

@@ -15,7 +15,7 @@ class Check(NamedTuple):
 
 
 class NodeView(Protocol):
-    """A node, as the API sees it. Everything here is known without I/O."""
+    """A node, as the API sees it. Everything here is known without I/O, but for what is awaited."""
 
     @property
     def name(self) -> str:
@@ -30,6 +30,11 @@ class NodeView(Protocol):
     @property
     def state(self) -> State:
         """Where it is in its life."""
+        ...
+
+    @property
+    def leader_url(self) -> str | None:
+        """The leader's base URL as nodes reach it; None on the leader."""
         ...
 
     @property
@@ -56,6 +61,20 @@ class NodeView(Protocol):
 
     def require_leading(self) -> None:
         """Raise `Recovering` on a leader that does not lead yet: nobody may copy what it holds."""
+        ...
+
+    async def confirm_leading(self) -> None:
+        """Return once it is certain that this node still led after this was called, as far as its peers know.
+
+        Raises `Recovering` and `NotConfirmedLeader`.
+        """
+        ...
+
+    def staleness_s(self) -> float | None:
+        """Return how long ago this node last held everything that its leader then had; None if it is not known.
+
+        0 on the leader.
+        """
         ...
 
     def note_follower(self, position: Position, epoch: Epoch, address: str | None) -> None:

@@ -7,6 +7,7 @@ are, without any state on disk.
 import logging
 import re
 from dataclasses import dataclass, replace
+from math import floor
 from time import monotonic
 from typing import Final
 
@@ -30,13 +31,13 @@ from mehdb.model import (
     encode_page,
     is_history,
 )
-from mehdb.settings import whole_number
+from mehdb.settings import WAIT_S_MAX, whole_number
 from mehdb.store import Store
+from mehdb.store.waiters import Waiters
 
 log = logging.getLogger("mehdb.api")
 
 MSGPACK: Final = "application/vnd.msgpack"
-WAIT_S_MAX: Final = 60.0  # proxies and clients give up on a silent connection at about this age
 FOLLOWERS_MAX: Final = 100  # a StatefulSet has a few; names come from clients, so their number is bounded
 CONNECTED_S: Final = 4.0  # a follower asks at least every 1.5 s
 REFUSED_TOLD_MAX: Final = 16  # log lines about nodes that are diverged, in so long a time:
@@ -55,14 +56,34 @@ class Followers:
 
     def __init__(self) -> None:
         self._seen: dict[str, _Seen] = {}
+        self._history: History | None = None  # in which all of *_seen* is
+        self._waiters = Waiters()
         self._refused: set[str] = set()  # told of since
         self._refused_since_s = monotonic()
 
-    def note(self, node: str, revision: Revision) -> None:
-        """Take down that *node* holds everything up to *revision*."""
+    def note(self, node: str, revision: Revision, history: History | None) -> None:
+        """Take down that *node* holds everything up to *revision* in *history*, which is this node's."""
+        if history != self._history:  # another store is in this one's place: revisions of the old one say nothing
+            self._seen.clear()
+            self._history = history
         if node not in self._seen and len(self._seen) >= FOLLOWERS_MAX:
             del self._seen[min(self._seen, key=lambda name: self._seen[name].at_s)]
         self._seen[node] = _Seen(revision, monotonic(), self.is_told(node))
+        self._waiters.wake()
+
+    async def held(self, revision: Revision, history: History | None, count: int, timeout_s: float) -> int:
+        """Wait until *count* followers hold *revision* in *history*, at most *timeout_s*. Return how many do.
+
+        What a follower has once held durably it holds, connected or not. A drain does not end the wait: followers go on
+        pulling from a node that drains.
+        """
+
+        def holding() -> int:
+            same = history == self._history
+            return sum(seen.revision >= revision for seen in self._seen.values()) if same else 0
+
+        await self._waiters.until(lambda: holding() >= count, timeout_s)
+        return holding()
 
     def refuse(self, node: str, reason: str) -> None:
         """Take down that *node* is diverged, and tell once. Names come from clients: few are told in a while."""
@@ -184,17 +205,21 @@ class ReplicationRoutes:
         if may_snapshot:
             self._send_for_snapshot(position)
         if node is not None:
-            self._followers.note(node, durable)
+            self._followers.note(node, durable, self._store.meta.history)
         may_wait = wait_s and (node is None or not self._draining or self._followers.is_told(node))
+        waited = ""
         if page is None and may_wait:
+            came_at_s = monotonic()
             with waiting(request):
-                changed = await heard(request, self._store.wait_beyond(after, wait_s))
-            page = await heard(request, self._store.page_after(position)) if changed else None
+                await heard(request, self._store.wait_beyond(after, wait_s))
+            # Nothing is awaited between this moment and the look at the head: as of then, the answer is complete.
+            waited = f"Mehdb-Waited: {floor(1000 * (monotonic() - came_at_s)) / 1000:.3f}\r\n"
+            page = await heard(request, self._store.page_after(position)) if self._store.head > after else None
         if node is not None and self._draining:
             self._followers.tell(node)
         if page is None:
-            return Answer(status=204)
-        return Answer(encode_page(page), MSGPACK)
+            return Answer(status=204, headers=waited)
+        return Answer(encode_page(page), MSGPACK, headers=waited)
 
     @property
     def _draining(self) -> bool:

@@ -72,6 +72,9 @@ class Parameters:
 
     def __init__(self, query: str) -> None:
         """Raises `BadParameter` for a query that cannot be decoded, or a parameter given twice."""
+        self._values: dict[str, str] = {}
+        if not query:  # most writes have none
+            return
         if BROKEN_ESCAPE.search(query):
             raise BadParameter("a '%' in a query must be sent as %25, or be followed by two hexadecimal digits")
         try:
@@ -109,6 +112,13 @@ def no_parameters(query: str) -> None:
     """Raise `BadParameter` if *query* has any."""
     if query:
         Parameters(query).finish()
+
+
+def boolean(text: str) -> bool:
+    """Return whether *text* is true. Raises `ValueError` if it is neither that nor false."""
+    if text not in ("true", "false"):
+        raise ValueError("must be true or false")
+    return text == "true"
 
 
 def seconds(most: float) -> Callable[[str], float]:

@@ -9,9 +9,21 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from mehdb.errors import Compacted, DamagedRow, DiskFull, Diverged, NotNow, PeerAbsent, PeerError, SnapshotRefused
+from mehdb.errors import (
+    Compacted,
+    DamagedRow,
+    DiskFull,
+    Diverged,
+    NotConfirmedLeader,
+    NotNow,
+    PeerAbsent,
+    PeerError,
+    PeerUnreachable,
+    SnapshotRefused,
+)
 from mehdb.model import Chain, Epoch, NodePosition, Position, Revision, State
 from mehdb.peers import Peer, Pull
+from mehdb.recovery.rounds import Rounds
 from mehdb.recovery.table import CatchUp, Decision, Lead, Own, Peers, Refuse, TakeSnapshot, Wait, contradiction, decide
 from mehdb.roles import Leadership
 from mehdb.store import Store
@@ -24,6 +36,7 @@ ASK_EVERY_S: Final = 0.5
 ASK_MOST_S: Final = 5.0  # between two tries to take a peer's data: each may have it copy its whole store
 ASK_AGAIN_S: Final = 2.0  # between two looks at peers that seem to hold more, or for room on the volume
 SETTLED_AFTER_S: Final = 30.0  # pods start one after the other: the next one should have come by then
+CONFIRM_TIMEOUT_S: Final = 3.0  # a reader waits for it; a peer that is alive needs milliseconds
 PEERS_MAX: Final = 128  # with those that have shown up by themselves
 ASKED_AT_ONCE: Final = 8  # pods have consecutive ordinals: where so many in a row do not exist, no more are looked for
 EPOCH_STEP_MAX: Final = 1_000_000  # a store that is older than so many starts is none of ours: who says so is wrong
@@ -49,6 +62,7 @@ class Leader:
         self._peers = [Peer(url) for url in peer_urls]
         self._guests: set[str] = set()  # the URLs of those that have shown up by themselves
         self._epoch_seen = Epoch(0)  # by a peer, in this store's history
+        self._confirmations = Rounds(self._obstacle_to_leading, "confirm leading")
 
     def doubt(self, url: str | None, epoch: Epoch) -> None:
         """Look at the table again, unless a write has been accepted since this node leads.
@@ -82,8 +96,31 @@ class Leader:
                 await self._recover()
                 await self._until_peers_hold_more()
         finally:
+            await self._confirmations.close()
             for peer in self._peers:
                 await peer.disconnect()
+
+    async def confirm(self) -> None:
+        """Return once all peers that exist have said, after this was called, that they know of no later leader.
+
+        Raises `NotConfirmedLeader` if one does, or does not answer: this may be an old process beside a newer one.
+        """
+        if obstacle := await self._confirmations.result():
+            raise NotConfirmedLeader(f"{obstacle}: read from another node, or try again in a moment")
+
+    async def _obstacle_to_leading(self) -> str | None:
+        """Ask the peers, and return why another node may lead by now, if that is so."""
+        peers = await self._ask(asyncio.get_running_loop().time() + CONFIRM_TIMEOUT_S)
+        meta = self._store.meta
+        for url, one in peers.positions.items():
+            if one.history == meta.history and (one.epoch > meta.epoch or one.revision > meta.head):
+                self.doubt(None, one.epoch)
+                return f"{url} is in epoch {one.epoch} at revision {one.revision}, beyond this node's"
+        if self._epoch_seen > meta.epoch:
+            return f"a node has seen epoch {self._epoch_seen}, and this one leads in {meta.epoch}"
+        # Guests may have moved to another address since they came; they would have come again, and told their epoch.
+        silent = [f"{url} does not answer" for url in peers.silent if url not in self._guests]
+        return "; ".join(silent) or None
 
     async def _recover(self) -> None:
         """Return when this node leads."""
@@ -252,14 +289,14 @@ class Leader:
         reached, epoch = self._store.reached(), max(self._store.meta.epoch, self._epoch_seen)
         return Own(reached.history, reached.revision, epoch, self._store.damaged)
 
-    async def _ask(self) -> Peers:
-        """Return what all peers say that exist."""
+    async def _ask(self, end_s: float | None = None) -> Peers:
+        """Return what all peers say that exist, until *end_s* of the loop's clock: who has not answered is silent."""
         positions: dict[str, NodePosition] = {}
         silent: dict[str, str] = {}
         peers = list(self._peers)  # others may show up meanwhile
         for start in range(0, len(peers), ASKED_AT_ONCE):
             several = peers[start : start + ASKED_AT_ONCE]
-            answers = await asyncio.gather(*(peer.position() for peer in several), return_exceptions=True)
+            answers = await asyncio.gather(*(_position(peer, end_s) for peer in several), return_exceptions=True)
             for peer, answer in zip(several, answers, strict=True):
                 if isinstance(answer, NodePosition):
                     positions[peer.url] = answer
@@ -321,3 +358,12 @@ class Leader:
         self._guests.clear()
         for peer in guests:
             await peer.disconnect()
+
+
+async def _position(peer: Peer, end_s: float | None) -> NodePosition:
+    """Return where *peer* is, if it says so until *end_s* of the loop's clock. Raises `PeerError`."""
+    try:
+        async with asyncio.timeout_at(end_s):
+            return await peer.position()
+    except TimeoutError as error:
+        raise PeerUnreachable(f"{peer.url}: no answer in time") from error

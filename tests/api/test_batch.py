@@ -177,7 +177,12 @@ def test_batches_of_many_clients_are_never_mixed(pair: Cluster) -> None:
 @pytest.fixture(params=["leader", "follower"])
 def reader(pair: Cluster, connection: Connection, request: pytest.FixtureRequest) -> Iterator[Connection]:
     """A connection to either node, both of which have some keys."""
-    batch(connection, put("several/a", "1", content_type="x/y"), put("several/b", "2"), put("several/large", "x" * 100_000))
+    batch(
+        connection,
+        put("several/a", "1", content_type="x/y"),
+        put("several/b", "2"),
+        put("several/large", "x" * 100_000),
+    )
     pair.converge()
     with Connection(pair.leader if request.param == "leader" else pair.followers[0]) as connected:
         yield connected

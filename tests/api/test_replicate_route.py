@@ -10,9 +10,11 @@ import pytest
 
 from cluster import Cluster, Node, eventually
 from mehdb.api.replicate import FOLLOWERS_MAX, Followers
-from mehdb.model import GENESIS, PAGE_BYTES, Page, Revision, decode_page
+from mehdb.model import GENESIS, PAGE_BYTES, History, Page, Revision, decode_page
 from mehdb.store.seal import seal
 from wire import Connection, Reply, ask, request
+
+HISTORY = History("aa" * 16)
 
 SOON_S = 5.0  # far below the waits that are asked for
 
@@ -257,7 +259,7 @@ def test_one_that_gives_no_name_is_diverged_or_needs_a_snapshot_acknowledges_not
 def test_names_that_clients_make_up_are_listed_but_never_without_bound() -> None:
     seen = Followers()
     for number in range(3 * FOLLOWERS_MAX):
-        seen.note(f"made-up-{number:03}", Revision(number))
+        seen.note(f"made-up-{number:03}", Revision(number), HISTORY)
     listed = seen.status(Revision(1000))
     assert [one.node for one in listed] == [
         f"made-up-{number}" for number in range(2 * FOLLOWERS_MAX, 3 * FOLLOWERS_MAX)
@@ -268,12 +270,12 @@ def test_names_that_clients_make_up_are_listed_but_never_without_bound() -> None
 def test_who_is_connected_is_missing_until_it_holds_the_head_and_knows_of_the_drain() -> None:
     seen = Followers()
     for node, revision in (("behind", 6), ("unaware", 7), ("fine", 7)):
-        seen.note(node, Revision(revision))
+        seen.note(node, Revision(revision), HISTORY)
     for node in ("behind", "fine", "never heard of"):
         seen.tell(node)
     assert seen.missing(Revision(7)) == ("behind", "unaware")
-    seen.note("behind", Revision(7))
-    seen.note("unaware", Revision(7))
+    seen.note("behind", Revision(7), HISTORY)
+    seen.note("unaware", Revision(7), HISTORY)
     assert seen.missing(Revision(7)) == ("unaware",), "who was told stays told"
     seen.tell("unaware")
     assert seen.missing(Revision(7)) == ()
