@@ -5,7 +5,7 @@
     │   ├── MalformedRequest, BadKey, BadParameter, BadBody  400
     │   ├── KeyNotFound, RouteNotFound                     404
     │   ├── MethodNotAllowed                               405
-    │   ├── BodyTooSlow, HeadTooSlow                       408
+    │   ├── BodyTooSlow, HeadTooSlow, TooSlow              408
     │   ├── PreconditionFailed                             412
     │   ├── ValueTooLarge, BatchTooLarge, AnswerTooLarge   413
     │   └── ExpectationFailed                              417
@@ -120,6 +120,13 @@ class HeadTooSlow(RequestError):
     """The head of a request was begun, and took longer than the server waits for."""
 
     code = "head_too_slow"
+    status = 408
+
+
+class TooSlow(RequestError):
+    """A watcher does not read what it is sent."""
+
+    code = "too_slow"
     status = 408
 
 

@@ -63,6 +63,7 @@ class _NodeCollector(Collector):
         yield _gauge("mehdb_queue_bytes", "Bytes that wait to be written.", status.queue_bytes)
         yield _gauge("mehdb_volume_free_bytes", "Free bytes on the volume.", status.free_bytes)
         yield _gauge("mehdb_damaged", "1 if a damaged row or page was met.", status.damage is not None)
+        yield _gauge("mehdb_watchers", "Clients that watch.", status.watchers)
         yield CounterMetricFamily("mehdb_commits", "Transactions, each with one sync.", status.commits)
         yield _one_of("mehdb_role", "1 for the node's role.", "role", Role, status.role)
         yield _one_of("mehdb_state", "1 for the node's state.", "state", State, status.state)

@@ -152,6 +152,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     commits: int
     free_bytes: int = 0
     damage: str | None = None
+    watchers: int = 0
 
 
 class DrainReport(msgspec.Struct, frozen=True):

@@ -8,7 +8,8 @@ It decides what is taken and what is refused in each of these states. How they f
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 from typing import Final
 
@@ -46,6 +47,7 @@ class Node:
         self._store = store
         self._port, self._in_kubernetes = settings.port, settings.in_kubernetes
         self.writes = 0
+        self.watchers = 0
         self._started_at_s = monotonic()
 
     @property
@@ -70,6 +72,15 @@ class Node:
         if self.state is not State.SERVING or self.part is None:
             raise self.refusal()
         return _Writing(self, self.part)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count a watcher while it watches."""
+        self.watchers += 1
+        try:
+            yield
+        finally:
+            self.watchers -= 1
 
     def writing_of_its_own(self) -> "_Writing":
         """Count a write that no client has asked for. Raises `NotNow` where one might cost what a follower holds."""
@@ -168,6 +179,7 @@ class Node:
             commits=self._store.commits,
             free_bytes=self._free_bytes(),
             damage=str(self._store.damage) if self._store.damage else None,
+            watchers=self.watchers,
         )
 
     def _free_bytes(self) -> int:

@@ -7,6 +7,7 @@
     data.py       /set/, /get/, /delete/: one key
     batch.py      /batch: many writes, all or nothing
     listing.py    /keys, POST /get, /history/
+    watch.py      /watch: changes as they come
     conditions.py `If-Match` and `If-None-Match`
     lines.py      entries and changes as lines of JSON
     consistency.py  `Reads`: what a read asks of this node: a revision, the leader, how old it may be

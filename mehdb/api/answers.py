@@ -91,8 +91,12 @@ class Answer(web.StreamResponse):
         self.content_type_line = content_type
         self.header_lines = headers
         self.revision = revision
-        self.content_bytes = len(body)
+        self.content_bytes: int | None = len(body)
+        """The length of the body; None if only its end will tell."""
         self._head = b""
+        self._chunked = False
+        self.ends_connection = False
+        """Whether no other request is taken on the connection."""
 
     @property
     def keep_alive(self) -> bool | None:
@@ -107,10 +111,17 @@ class Answer(web.StreamResponse):
         # that comes after all.
         owes_body = not request.content.is_eof() and ("Expect" in request.headers or self.status == BodyTooSlow.status)
         # After CONNECT a client may talk to the one that it believes to be at the other end (RFC 9110, 9.3.6).
-        self._keep_alive = request.keep_alive and not owes_body and not last and request.method != "CONNECT"
+        self._keep_alive = request.keep_alive and not (
+            owes_body or last or self.ends_connection or request.method == "CONNECT"
+        )
+        self._chunked = self.content_bytes is None and request.version >= (1, 1)
         lines = [STATUS_LINES[self.status], common_headers, self.header_lines]
         if self.status not in BODILESS:
-            lines.append(f"Content-Type: {self.content_type_line}\r\nContent-Length: {self.content_bytes}\r\n")
+            lines.append(f"Content-Type: {self.content_type_line}\r\n")
+            if self.content_bytes is not None:
+                lines.append(f"Content-Length: {self.content_bytes}\r\n")
+            elif self._chunked:
+                lines.append("Transfer-Encoding: chunked\r\n")
         if not self._keep_alive:
             lines.append("Connection: close\r\n")
         elif request.version < (1, 1):
@@ -160,7 +171,19 @@ class Answer(web.StreamResponse):
         """Do nothing more: `prepare` has sent it all."""
 
 
-class FileAnswer(Answer):
+class StreamedAnswer(Answer):
+    """An answer whose body is sent as it comes, by `send`."""
+
+    async def send(self, request: web.BaseRequest) -> None:
+        """Send head and body."""
+        raise NotImplementedError
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
+        """Do nothing more: `send` has sent it all."""
+        return request.writer
+
+
+class FileAnswer(StreamedAnswer):
     """A whole file, sent in pieces. *close* is called when it has been sent, or cannot be."""
 
     def __init__(self, path: Path, size_bytes: int, headers: str, close: Callable[[], None]) -> None:
@@ -187,10 +210,6 @@ class FileAnswer(Answer):
             raise ConnectionResetError("the client reads too slowly") from error
         finally:
             self._close()
-
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        """Do nothing more: `send` has sent it all."""
-        return request.writer
 
 
 def json_answer(value: object, *, status: int = 200, headers: str = "") -> Answer:

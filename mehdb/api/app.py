@@ -14,7 +14,7 @@ from aiohttp import web
 
 from mehdb import __version__
 from mehdb.api.acks import Acks
-from mehdb.api.answers import JOIN_BYTES_MAX, Answer, FileAnswer, Sending, error_answer
+from mehdb.api.answers import JOIN_BYTES_MAX, Answer, Sending, StreamedAnswer, error_answer
 from mehdb.api.batch import BatchRoutes
 from mehdb.api.consistency import AS_OF, Reads
 from mehdb.api.data import DataRoutes
@@ -25,6 +25,7 @@ from mehdb.api.replicate import Followers, ReplicationRoutes
 from mehdb.api.requests import BodyBudget, Target, target
 from mehdb.api.snapshot import SnapshotRoutes
 from mehdb.api.status import StatusRoutes
+from mehdb.api.watch import WatchRoutes
 from mehdb.errors import MehdbError, MethodNotAllowed, RouteNotFound
 from mehdb.metrics import Metrics
 from mehdb.model import Role, State
@@ -51,6 +52,8 @@ class Api:
         data = DataRoutes(node, store, settings, arriving=arriving, to_leader=to_leader, reads=reads, acks=acks)
         batches = BatchRoutes(node, store, settings, arriving=arriving, to_leader=to_leader, acks=acks)
         listings = ListingRoutes(store, settings, arriving=arriving, reads=reads)
+        self._sending = Sending(settings.queue_size, settings.body_timeout)
+        watches = WatchRoutes(node, store)
         status = StatusRoutes(node, metrics)
         replication = ReplicationRoutes(node, store, followers, settings.snapshot_lag)
         snapshots = SnapshotRoutes(node, store)
@@ -62,6 +65,7 @@ class Api:
             "/batch": {"POST": batches.batch},
             "/get": {"POST": listings.several},
             "/keys": {"GET": listings.keys, "HEAD": listings.keys},
+            "/watch": {"GET": watches.watch},
             "/history/": {"GET": listings.history, "HEAD": listings.history},
             "/status": {"GET": status.status, "HEAD": status.status},
             "/livez": {"GET": status.livez, "HEAD": status.livez},
@@ -74,7 +78,6 @@ class Api:
         self._node = node
         self._store = store
         self._metrics = metrics
-        self._sending = Sending(settings.queue_size, settings.body_timeout)
         self._node_headers = f"Server: mehdb/{__version__}\r\nMehdb-Node: {node.name}\r\nMehdb-Role: {node.role}\r\n"
         self._common = NOTHING_SHOWN
         self._follows = node.role is Role.FOLLOWER
@@ -109,7 +112,7 @@ class Api:
                 as_of_s = request.get(AS_OF, as_of_s)
             common = self._common_headers(answer.revision, as_of_s)
             answer.complete(request, common, self._sending, last=self._node.closing)
-        if isinstance(answer, FileAnswer):
+        if isinstance(answer, StreamedAnswer):
             await answer.send(request)
         return answer
 

@@ -47,7 +47,7 @@ class ListingRoutes:
         headers = f'ETag: "{page.revision}"\r\n'
         if page.last is not None:
             cursor = texts | {"after": page.last.decode(), "limit": str(limit), "values": "true" if values else ""}
-            headers += _next("/keys", cursor)
+            headers += next_link("/keys", cursor)
         if not values:
             names = [item.prefix if isinstance(item, Folder) else item for item in page.items]
             found = json_answer([name.decode() for name in names if isinstance(name, bytes)], headers=headers)
@@ -90,12 +90,12 @@ class ListingRoutes:
         if past.more:
             oldest = str(past.changes[-1].revision)
             cursor = {"before": oldest, "limit": str(limit), "values": "true" if values else ""}
-            headers += _next(f"/history/{quote(key)}", cursor)
+            headers += next_link(f"/history/{quote(key)}", cursor)
         events = [lines.event(change, values=values) for change in past.changes]
         return Answer(lines.encode_lines(events), NDJSON, headers=headers)
 
 
-def _next(path: str, cursor: dict[str, str]) -> str:
+def next_link(path: str, cursor: dict[str, str]) -> str:
     """Return the header that links to the next page (RFC 8288)."""
     query = urlencode({name: value for name, value in cursor.items() if value}, quote_via=quote)
     return f'Link: <{path}?{query}>; rel="next"\r\n'

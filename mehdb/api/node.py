@@ -59,6 +59,10 @@ class NodeView(Protocol):
         """
         ...
 
+    def watching(self) -> AbstractContextManager[None]:
+        """Count a watcher while it watches."""
+        ...
+
     def require_leading(self) -> None:
         """Raise `Recovering` on a leader that does not lead yet: nobody may copy what it holds."""
         ...

@@ -123,7 +123,8 @@ class Followers:
         )
 
 
-def _history(text: str) -> History:
+def history_id(text: str) -> History:
+    """Return the history that *text* names. Raises `ValueError`."""
     if not is_history(text):
         raise ValueError("must be 32 hexadecimal digits, or left out by an empty store")
     return History(text)
@@ -184,7 +185,7 @@ class ReplicationRoutes:
         still applies the one before.
         """
         parameters = Parameters(target.query)
-        history = parameters.take("history", _history, None)
+        history = parameters.take("history", history_id, None)
         after = parameters.take("after", revision_number, ORIGIN)
         position = Position(history, after, parameters.take("chain", _chain, GENESIS))
         durable = min(after, parameters.take("durable", revision_number, after))

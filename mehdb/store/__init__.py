@@ -8,6 +8,7 @@
     expiry.py   which changes have outlived their time
     clock.py    the time that this goes by
     reader.py   point reads and scans on read-only connections
+    feed.py     the newest changes in memory, for those who watch
     listing.py  live keys in order, page by page
     past.py     what a key was
     pages.py    what another store is given

@@ -52,6 +52,8 @@ class Log:
         self._clock = clock or Clock()
         self._expiry = Expiry(connection)
         self.commits = 0
+        self.committed: list[Change] = []
+        """What has been committed since somebody last took it from here."""
         self.meta = read_meta(connection)
         self.compacts = True  # until a damaged page is in the way: writes must not fail over what they do not need
         self._retain_changes = retain_changes
@@ -123,6 +125,7 @@ class Log:
         with self._transaction():
             meta = self._append(changes, replace(self.meta, keys=self.meta.keys - before + len(live)), compact=compact)
         self.meta = meta
+        self.committed += changes
         for change in changes:
             if change.expires_at is not None:
                 self._expiry.note(change.expires_at)
@@ -155,6 +158,7 @@ class Log:
             if meta.chain != page.chain:
                 raise Diverged(f"the leader's chain at revision {meta.head} is another: the changes before it differ")
         self.meta = meta
+        self.committed += page.changes
         self._expiry.restart()
 
     def adopt(self, history: History, epoch: Epoch) -> None:

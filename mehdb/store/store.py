@@ -7,12 +7,13 @@ import asyncio
 import contextlib
 import errno
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, cast
 
 from mehdb.errors import (
+    Compacted,
     Damaged,
     DamagedRow,
     DiskFull,
@@ -358,6 +359,34 @@ class Store:
         if is_at_head(position, meta):
             return None
         return await self.scan(lambda reader: page_after(reader, position, meta))
+
+    @property
+    def watched_head(self) -> Revision:
+        """The newest revision that `changes_after` gives without a look at the disk, where changes are fed at all."""
+        return self._writer.feed.head if self._writer else self.head
+
+    async def changes_after(self, revision: Revision, limit: int, bytes_max: int) -> Sequence[Change]:
+        """Return changes after *revision*, up to *limit* from memory, or about *bytes_max* from the disk.
+
+        Raises `Compacted` if it is behind the floor, `DamagedRow` and `StoreAway`.
+        """
+        found = self._writer.feed.after(revision, limit) if self._writer else None
+        if found is not None:
+            return found
+        meta = self.meta
+        if revision < meta.floor:
+            raise Compacted(f"revision {revision} is behind the floor {meta.floor}", floor=meta.floor)
+        page = await self.scan(lambda reader: reader.page(revision, meta, bytes_max))
+        return page.changes if page else ()
+
+    async def wait_to_watch(self, revision: Revision, timeout_s: float) -> bool:
+        """Wait until there is a change after *revision* to watch, at most *timeout_s*. Return whether there is."""
+        return await self._waiters.until(lambda: self.watched_head > revision, timeout_s)
+
+    @property
+    def waits_no_more(self) -> bool:
+        """Whether every wait returns at once: the node stops."""
+        return self._waiters.ended
 
     async def wait_beyond(self, revision: Revision, timeout_s: float) -> bool:
         """Wait until the head is beyond *revision*, at most *timeout_s*. Return whether it is."""

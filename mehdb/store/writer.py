@@ -17,7 +17,9 @@ from typing import Final, NamedTuple, TypeVar, cast
 import apsw
 
 from mehdb.errors import DamagedRow, DiskFull, MehdbError, NotNow, QueueFull, ReadOnly, Stopping, StoreFailed
+from mehdb.model import Change
 from mehdb.store.decision import Batch, Outcome, Request, Write
+from mehdb.store.feed import Feed
 from mehdb.store.log import Log
 from mehdb.store.mark import AcknowledgedMark
 from mehdb.store.room import Room
@@ -80,6 +82,7 @@ class Writer:
         self._room = room
         self._vanished = vanished
         self.meta = changes.meta  # what is durable: the thread replaces it after each COMMIT
+        self.feed = Feed(changes.meta.head)
         self.short_of_room = False  # as of the last batch
         self._failed: StoreFailed | None = None
         self._closing = False
@@ -144,7 +147,8 @@ class Writer:
             raise outcome
         return outcome
 
-    def _acknowledge(self, jobs: Sequence[_Job], outcomes: Sequence[Outcome | None]) -> None:
+    def _acknowledge(self, jobs: Sequence[_Job], outcomes: Sequence[Outcome | None], changes: Sequence[Change]) -> None:
+        self.feed.extend(changes)
         for job, outcome in zip(jobs, outcomes, strict=True):
             self.queue_bytes -= job.size_bytes
             if not job.done.done():  # cancelled: the client has gone, its write has not
@@ -344,7 +348,8 @@ class Writer:
         if self._log.meta is not self.meta:
             self._mark.move(self._log.meta.position)
             self.meta = self._log.meta
-        self._loop.call_soon_threadsafe(self._acknowledge, batch, outcomes)
+        changes, self._log.committed = self._log.committed, []
+        self._loop.call_soon_threadsafe(self._acknowledge, batch, outcomes, changes)
 
     def _checkpoint(self) -> None:
         if not isinstance(self._move_wal(apsw.SQLITE_CHECKPOINT_PASSIVE), DiskFull):
