@@ -108,6 +108,25 @@ def test_a_leader_that_drains_still_confirms_what_it_took(cluster: Cluster) -> N
     assert ask(follower, "GET", "/get/k").body == b"v"
 
 
+def test_a_leader_that_drains_waits_for_followers_that_are_asked_for_though_not_there(cluster: Cluster) -> None:
+    leader, follower = cluster.start(2).nodes
+    assert ask(leader, "PUT", "/set/k", b"v").status == 200
+    follower.stop()
+    leader.stop()
+    leader.start()  # it has heard of nobody
+    assert leader.process is not None
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, leader, "PUT", "/set/k?acks=1&wait=60", b"w")
+        eventually(lambda: ask(leader, "GET", "/get/k").body == b"w", "the write to be on the leader")
+        leader.process.send_signal(signal.SIGTERM)
+        eventually(lambda: refused(leader), "the leader to take no more writes")
+        follower.start(ready=False)
+        assert waiting.result(DEADLINE_S).status == 200
+    assert leader.process.wait(DEADLINE_S) == 0
+    leader.process = None
+    assert ask(follower, "GET", "/get/k").body == b"w"
+
+
 def refused(node: Node) -> bool:
     return ask(node, "PUT", "/set/other", b"v").status == 503
 

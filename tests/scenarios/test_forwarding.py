@@ -221,7 +221,7 @@ async def test_the_leader_gets_what_counts_of_a_request_and_nothing_else(cluster
             "Content-Type": "text/x", "If-Match": '"1", "2"', "If-None-Match": "*", "Accept": "text/y",
             "Authorization": "secret", "Cookie": "c=d", "X-Else": "x", "Connection": "keep-alive",
         }  # fmt: skip
-        target = "/set/a%2fb//%C3%A9?forward=true&x=%20y&z"
+        target = "/set/a%2fb//%C3%A9/../{|}^'?forward=true&x=%20y&z='{|}^"
         reply = await asyncio.to_thread(ask, node, "PUT", target, b"value", sent)
         await asyncio.to_thread(node.stop)
     [(method, raw, headers, body)] = asked
