@@ -15,7 +15,7 @@ from mehdb.api.forward import ToLeader
 from mehdb.api.node import NodeView
 from mehdb.api.requests import Parameters, Target, boolean, revision_number, seconds
 from mehdb.errors import NotReached, Stopping, TooStale
-from mehdb.model import ORIGIN, Revision, Role
+from mehdb.model import ORIGIN, Revision, Role, State
 from mehdb.settings import WAIT_S_MAX
 from mehdb.store import Store
 
@@ -74,12 +74,12 @@ class Reads:
         end_s = clock() + wait_s
         before = Revision(least - 1)
         with waiting(request):
-            # A drain interrupts the first wait, though reads go on; if the second ends early too, the node stops.
+            # A drain interrupts the first wait, once, though reads go on.
             reached = await self._store.wait_beyond(before, wait_s)
             reached = reached or await self._store.wait_beyond(before, max(0.0, end_s - clock()))
         if reached:
             return
-        if clock() < end_s:
+        if self._node.state is State.STOPPED:
             raise Stopping("this node stops: ask another one")
         head = self._store.head
         raise NotReached(
