@@ -6,11 +6,11 @@ its connection has been given.
 """
 
 import asyncio
-import json
 from asyncio import Transport
 from time import monotonic
 from typing import Final, NamedTuple
 
+import msgspec
 from aiohttp import web
 
 from mehdb.api import lines
@@ -228,7 +228,7 @@ class WatchAnswer(StreamedAnswer):
     def _end(self, transport: Transport, reason: MehdbError) -> None:
         """Say why the stream ends, and end it once that has been read, or after a while."""
         told = {"op": "error", "error": reason.code, "message": str(reason), "revision": self._watch.position}
-        line = json.dumps(told | dict(reason.details)).encode() + b"\n"
+        line = msgspec.json.encode(told | dict(reason.details)) + b"\n"
         self._write(transport, Event("error", None, line).text(events=self._events))
         if self._chunked:
             transport.write(b"0\r\n\r\n")
