@@ -67,7 +67,7 @@ class WatchRoutes:
     def __init__(self, node: NodeView, store: Store) -> None:
         self._node = node
         self._store = store
-        self._cache = _Cache()
+        self._cache = EventCache()
 
     async def watch(self, request: web.BaseRequest, target: Target, _rest: str) -> Answer:
         """Answer with the changes after a revision, for ever or, with `wait`, with the first that come."""
@@ -100,7 +100,7 @@ class WatchRoutes:
 class Watch:
     """One client's watch of the keys with *prefix*. It has been given all of them up to `position`."""
 
-    def __init__(self, node: NodeView, store: Store, cache: "_Cache", prefix: bytes, position: Revision) -> None:
+    def __init__(self, node: NodeView, store: Store, cache: "EventCache", prefix: bytes, position: Revision) -> None:
         self.node = node
         self.position = position
         self._store = store
@@ -236,7 +236,7 @@ class WatchAnswer(StreamedAnswer):
         asyncio.get_running_loop().call_later(LINGER_S, transport.abort)
 
 
-class _Cache:
+class EventCache:
     """The events of the newest changes, encoded once for all watchers."""
 
     def __init__(self) -> None:

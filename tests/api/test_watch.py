@@ -5,6 +5,8 @@ import json
 import pytest
 
 from cluster import Cluster, Node, eventually
+from mehdb.api.watch import EventCache
+from mehdb.model import Change, Revision
 from watching import watching
 from wire import Connection, Reply, ask
 
@@ -161,3 +163,9 @@ def test_a_client_of_http_1_0_gets_the_stream_until_the_connection_ends(leader: 
         head, _, body = received.partition(b"\r\n\r\n")
         assert b"Transfer-Encoding" not in head
         assert body.startswith(b'{"op":"heartbeat"')
+
+
+def test_a_line_is_encoded_once_and_never_mistaken_for_that_of_another_history() -> None:
+    cache, change = EventCache(), Change(Revision(7), b"k", b"v")
+    assert cache.event(change) is cache.event(change)
+    assert b'"other"' in cache.event(Change(Revision(7), b"k", b"other")).line
