@@ -168,6 +168,7 @@ class Node:
             commits=self._store.commits,
             free_bytes=self._free_bytes(),
             damage=str(self._store.damage) if self._store.damage else None,
+            size_bytes=self._store.size_bytes(),
         )
 
     def _free_bytes(self) -> int:
