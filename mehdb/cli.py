@@ -1,24 +1,21 @@
 """The `mehdb` command."""
 
-import asyncio
-import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import typer
-import uvloop
-from rich.console import Console
-from rich.progress import Progress, TaskID
 
-from mehdb import __version__, operations
+from mehdb import __version__
+from mehdb.client.commands import register
 from mehdb.errors import MehdbError, Refused, SettingsError
-from mehdb.local import LocalCluster
 from mehdb.model import NodeStatus, Role, State
+from mehdb.progress import progress_bar
 from mehdb.settings import SETTINGS, base_url, flag, is_switch, load
-from mehdb.transfer import OnStep
+
+T = TypeVar("T")
 
 EXIT_FAILED: Final = 1
 DATA_DIR: Final = Path("data")  # as `mehdb serve` has it
@@ -30,6 +27,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # what goes wrong on purpose is told in one line, the rest as Python tells it
 )
+
+register(app)
+
+# What a command works with is imported when it is called: `mehdb get` needs no server, and is up in half the time.
 
 
 def _option(name: str) -> Any:
@@ -100,7 +101,9 @@ def serve(
         format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request, we log changes of state
-    from mehdb import life  # only here: the other commands need no server, and are up in half the time
+    import uvloop
+
+    from mehdb import life
 
     uvloop.run(life.run(settings))
 
@@ -112,7 +115,9 @@ def local(
     data_dir: Annotated[Path, typer.Option(help="Node I has its volume in DIR/mehdb-I.")] = Path("data"),
 ) -> None:
     """Run a cluster on this machine as a StatefulSet would. Ctrl-C and SIGTERM stop it in reverse order."""
-    asyncio.run(LocalCluster(replicas, port, data_dir).run())
+    from mehdb.local import LocalCluster
+
+    _run(LocalCluster(replicas, port, data_dir).run())
 
 
 DataDir = Annotated[
@@ -128,12 +133,14 @@ def check(
     file: Annotated[Path | None, typer.Argument(help="A backup to verify, in place of a data directory.")] = None,
 ) -> None:
     """Verify every change, index and checksum of a store, live or not, or of a backup."""
+    from mehdb import operations
+
     if file is not None:
-        with _progress() as on_step:
+        with progress_bar() as on_step:
             meta = operations.check_file(file, on_step)
         typer.echo(f"{file}: sound, history {meta.history}, revision {meta.head}, {meta.keys} keys")
         return
-    with _progress() as on_step:
+    with progress_bar() as on_step:
         found = operations.check(data_dir, on_step)
     report = found.report
     for problem in report.problems:
@@ -152,10 +159,12 @@ def check(
 @app.command()
 def backup(file: File, data_dir: DataDir = DATA_DIR, yes: Yes = False) -> None:
     """Copy a store, live or not, to one file."""
+    from mehdb import operations
+
     operations.require_elsewhere(file)
     if file.exists() and file != operations.STANDARD:
         _confirm(f"{file} exists and will be replaced.", yes=yes)
-    with _progress() as on_step:
+    with progress_bar() as on_step:
         meta = operations.backup(data_dir, file, on_step)
     typer.echo(f"{file}: history {meta.history}, revision {meta.head}, {meta.keys} keys", err=True)
 
@@ -168,10 +177,12 @@ def restore(
     yes: Yes = False,
 ) -> None:
     """Put a backup into an empty data directory, in a new history: on the leader, or before its first start."""
+    from mehdb import operations
+
     if replace and operations.holds_data(data_dir):
         _confirm(f"The store in {data_dir} will be kept aside; followers will be diverged until they rejoin.", yes=yes)
-    with _progress() as on_step:
-        meta, kept = asyncio.run(operations.restore(data_dir, file, replace=replace, on_step=on_step))
+    with progress_bar() as on_step:
+        meta, kept = _run(operations.restore(data_dir, file, replace=replace, on_step=on_step))
     _report(data_dir, f"restored {meta.keys} keys at revision {meta.head}, history {meta.history}", kept)
 
 
@@ -184,7 +195,9 @@ def rejoin(
     yes: Yes = False,
 ) -> None:
     """Have a follower drop its data for the leader's. What it had is kept aside."""
-    status = asyncio.run(operations.status_of(data_dir))
+    from mehdb import operations
+
+    status = _run(operations.status_of(data_dir))
     if status and status.role is Role.LEADER:
         raise Refused(f"{status.node} leads: `mehdb adopt --from URL` takes a follower's data")
     url = leader or (status.leader.url if status and status.leader else None)
@@ -201,18 +214,22 @@ def adopt(
     yes: Yes = False,
 ) -> None:
     """Have the leader take a peer's history in place of its own. What it had is kept aside."""
-    status = asyncio.run(operations.status_of(data_dir))
+    from mehdb import operations
+
+    status = _run(operations.status_of(data_dir))
     if status and status.role is Role.FOLLOWER:
         raise Refused(f"{status.node} follows: `mehdb rejoin` takes the leader's data")
     _take(data_dir, peer, "adopted", status, yes=yes)
 
 
 def _take(data_dir: Path, text: str, keep: str, status: NodeStatus | None, *, yes: bool) -> None:
+    from mehdb import operations
+
     try:
         url = base_url(text)
     except ValueError as error:
         raise Refused(f"--from: {error}") from error
-    position = asyncio.run(operations.position_of(url))
+    position = _run(operations.position_of(url))
     if status and (status.node, status.history) == (position.node, position.history):
         raise Refused(f"{url} is {status.node} itself: name another node")
     follows = status and status.leader and status.leader.problem is None and status.damage is None
@@ -225,8 +242,8 @@ def _take(data_dir: Path, text: str, keep: str, status: NodeStatus | None, *, ye
         f"history {position.history}, revision {position.revision}.",
         yes=yes,
     )
-    with _progress() as on_step:
-        meta, kept = asyncio.run(operations.take(data_dir, url, keep, on_step))
+    with progress_bar() as on_step:
+        meta, kept = _run(operations.take(data_dir, url, keep, on_step))
     _report(data_dir, f"took {meta.keys} keys at revision {meta.head}, history {meta.history}", kept)
 
 
@@ -239,11 +256,13 @@ def accept_loss(
     yes: Yes = False,
 ) -> None:
     """Have a node start whose store lacks acknowledged changes that are nowhere else."""
-    with _progress() as on_step:
+    from mehdb import operations
+
+    with progress_bar() as on_step:
         lost = operations.loss(data_dir, start_empty=start_empty, on_step=on_step)
     _confirm(f"{lost}. It will be given up.", yes=yes)
-    with _progress() as on_step:
-        kept = asyncio.run(operations.accept_loss(data_dir, start_empty=start_empty, on_step=on_step))
+    with progress_bar() as on_step:
+        kept = _run(operations.accept_loss(data_dir, start_empty=start_empty, on_step=on_step))
     _report(data_dir, "accepted: the store begins empty" if kept else "accepted: the store is trusted as it is", kept)
 
 
@@ -254,7 +273,9 @@ def drain(
     timeout: Annotated[float, typer.Option(min=0, help="How many seconds to wait.")] = 20.0,
 ) -> None:
     """Have the node here take no more writes, as SIGUSR1 does. It reads on, and takes them again after a restart."""
-    report = asyncio.run(operations.drain(data_dir, timeout if wait else 0))
+    from mehdb import operations
+
+    report = _run(operations.drain(data_dir, timeout if wait else 0))
     if report.done:
         typer.echo("drained: all writes are durable here and on the followers that are connected")
         return
@@ -275,10 +296,12 @@ def _confirm(what: str, *, yes: bool) -> None:
 
 def _report(data_dir: Path, done: str, kept: Path | None) -> None:
     """Say what was done, and what has become of the node that runs there."""
+    from mehdb import operations
+
     typer.echo(done)
     if kept:
         typer.echo(f"what was there is kept in {kept}")
-    status = asyncio.run(operations.until_settled(data_dir))
+    status = _run(operations.until_settled(data_dir))
     if status is None:
         typer.echo("no node runs here: start it")
     else:
@@ -287,19 +310,10 @@ def _report(data_dir: Path, done: str, kept: Path | None) -> None:
             raise typer.Exit(EXIT_FAILED)
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[OnStep]:
-    """Have a progress bar on the terminal, or nothing where there is none."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, TaskID] = {}
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    import asyncio
 
-        def on_step(step: str, done: int, total: int) -> None:
-            if step not in tasks:
-                tasks[step] = bar.add_task(step)
-            bar.update(tasks[step], completed=done, total=total)
-
-        yield on_step
+    return asyncio.run(work)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@
     │   ├── Diverged                                       409
     │   └── Compacted                                      410
     ├── PeerError           another node's fault, or the network's
-    │   └── PeerUnreachable (─ PeerAbsent, NotRunning), PeerAnswerInvalid, SnapshotRefused, StaleEpoch
+    │   └── PeerUnreachable (─ PeerAbsent, NotRunning), PeerAnswerInvalid, PeerRefused, SnapshotRefused, StaleEpoch
     ├── StoreError          this disk's fault
     │   ├── DirectoryInUse, CommandAtWork, UnsafeSqlite, UnknownSchema, Damaged  before anything is opened or changed
     │   ├── DamagedRow                                     500
@@ -332,6 +332,17 @@ class PeerAnswerInvalid(PeerError):
     """An answer that no healthy node gives: nothing of it was applied."""
 
     code = "peer_answer_invalid"
+
+
+class PeerRefused(PeerError):
+    """What a client asked of a node, it refused; the message is the node's. *refusal* is its answer's JSON."""
+
+    code = "peer_refused"
+
+    def __init__(self, message: str, status: int, refusal: Mapping[str, object]) -> None:
+        super().__init__(message)
+        self.answered = status
+        self.refusal = refusal
 
 
 class SnapshotRefused(PeerError):

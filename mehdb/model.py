@@ -131,6 +131,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     """Everything that `GET /status` tells with `Accept: application/json`.
 
     *reason* says why the node is not ready; *leader* is null on the leader; *followers* lists who pulls from this node.
+    *size_bytes* is what the store's files take, 0 from a node that does not tell.
     """
 
     node: str
@@ -153,6 +154,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     free_bytes: int = 0
     damage: str | None = None
     watchers: int = 0
+    size_bytes: int = 0
 
 
 class DrainReport(msgspec.Struct, frozen=True):

@@ -180,6 +180,7 @@ class Node:
             free_bytes=self._free_bytes(),
             damage=str(self._store.damage) if self._store.damage else None,
             watchers=self.watchers,
+            size_bytes=self._store.size_bytes(),
         )
 
     def _free_bytes(self) -> int:

@@ -29,6 +29,7 @@ from mehdb.errors import (
 )
 from mehdb.model import DrainReport, NodePosition, NodeStatus, Role, State
 from mehdb.peers import Peer
+from mehdb.progress import OnStep
 from mehdb.store import (
     INCOMING,
     LOCK_NAME,
@@ -57,7 +58,7 @@ from mehdb.store import (
     verify_snapshot,
     write_mark,
 )
-from mehdb.transfer import OnStep, fetch
+from mehdb.transfer import fetch
 
 CHUNK_BYTES: Final = 1 << 20
 READY_TIMEOUT_S: Final = 30.0

@@ -5,7 +5,6 @@ It puts nothing in any store's place. Whoever asked for it does, once it is know
 
 import asyncio
 import logging
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -13,14 +12,12 @@ from typing import Final
 
 from mehdb.errors import Damaged, PeerAnswerInvalid, UnknownSchema
 from mehdb.peers import Peer
+from mehdb.progress import OnStep
 from mehdb.store import Meta, in_thread, verify_snapshot
 
 log = logging.getLogger("mehdb.transfer")
 
 PROGRESS_EVERY_S: Final = 5.0  # a line so often says that a long one goes on, and floods no log
-
-OnStep = Callable[[str, int, int], None]
-"""Told what is being done, how much of it has been, and how much there is."""
 
 
 class ProgressLog:

@@ -4,10 +4,13 @@ A deletion is a change too, and takes room before it makes any. So sets stop whi
 it lies a ballast: a file of nothing, given up when the volume is full to the last byte all the same.
 """
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 from typing import Final
+
+from mehdb.store.schema import FILE_NAME, WAL_NAME
 
 BEHIND: Final = "behind"  # the copy of a store that may or may not have been an earlier state of what replaced it
 BALLAST_NAME: Final = "ballast"
@@ -28,6 +31,14 @@ class Room:
         """Return how much may still be written."""
         volume = os.statvfs(self._directory)
         return volume.f_bavail * volume.f_frsize
+
+    def store_bytes(self) -> int:
+        """Return how much the store takes: the database, and what has been written since into its log."""
+        size_bytes = 0
+        for name in (FILE_NAME, WAL_NAME):
+            with contextlib.suppress(OSError):  # another store may be on its way there
+                size_bytes += (self._directory / name).stat().st_size
+        return size_bytes
 
     def may_hold(self, size_bytes: int) -> bool:
         """Return whether so much more may fit: what is left to root counts, and not every volume tells."""

@@ -253,6 +253,10 @@ class Store:
         """Return how much room the volume has."""
         return self._room.free_bytes()
 
+    def size_bytes(self) -> int:
+        """Return how much the store's files take."""
+        return self._room.store_bytes()
+
     # Writes.
 
     async def write(self, write: Write) -> Revision:

@@ -51,6 +51,7 @@ def test_a_json_status_tells_everything(pair: Cluster) -> None:
         assert set(status) == {
             "node", "role", "state", "ready", "reason", "history", "epoch", "revision", "chain", "floor", "keys",
             "queue_bytes", "leader", "followers", "uptime_seconds", "version", "commits", "free_bytes", "damage",
+            "size_bytes",
         }  # fmt: skip
         assert {name: status[name] for name in position} == position
         shown = {
@@ -76,6 +77,9 @@ def test_a_json_status_tells_everything(pair: Cluster) -> None:
         assert isinstance(status["uptime_seconds"], float)
         assert isinstance(status["free_bytes"], int)
         assert status["free_bytes"] > 0
+        assert status["size_bytes"] == sum(
+            path.stat().st_size for path in node.volume.glob("store.db*") if path.suffix != ".db-shm"
+        )
 
 
 def test_a_follower_tells_of_its_leader_and_the_leader_of_its_followers(pair: Cluster) -> None:
