@@ -6,11 +6,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from cluster import ROOT, BenchError, Server
+from lister import FIRST_PAGE
 from load import Round
 from measuring import Bench
 from results import Figure
@@ -20,53 +20,59 @@ from targets import TARGETS
 CALM_CONNECTIONS: Final = 8
 
 
-@dataclass
-class Listed:
-    """What the listings of one round came to."""
+class Listing:
+    """A listing of all keys of *server*, again and again, by another process; it goes on only during `under_way`."""
 
-    keys: list[int] = field(default_factory=list)
-    """The keys of each that was whole by the end of the round."""
-    duration_s: float = 0.0
+    def __init__(self, server: Server, output: Path) -> None:
+        self._server, self._output = server, output
+        self._path, self._keys = FIRST_PAGE, 0
+        self.whole: list[int] = []
+        """The keys of each listing from the first page to the last."""
+        self.keys = 0
+        self.duration_s = 0.0
 
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Go on listing where it was left, during the block. Raises `BenchError` if the listing fails."""
+        start = time.monotonic()
+        command = [sys.executable, str(ROOT / "bench" / "lister.py"), self._server.url, self._path]
+        with self._output.open("wb") as file:
+            lister = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            yield
+            if lister.poll() is not None:
+                raise BenchError(f"the listing ended: {self._output.read_text(errors='replace')}")
+        finally:
+            lister.terminate()
+            lister.wait()
+        self.duration_s += time.monotonic() - start
+        for line in self._output.read_text().splitlines():
+            self._note(line)
 
-@contextmanager
-def _listing(server: Server, directory: Path) -> Iterator[Listed]:
-    """Have another process list all keys of *server*, again and again, during the block."""
-    listed, output = Listed(), directory / "lister.out"
-    start = time.monotonic()
-    with output.open("wb") as file:
-        lister = subprocess.Popen(
-            [sys.executable, str(ROOT / "bench" / "lister.py"), server.url], stdout=file, stderr=subprocess.STDOUT
-        )
-    try:
-        yield listed
-        if lister.poll() is not None:
-            raise BenchError(f"the listing ended: {output.read_text(errors='replace')}")
-    finally:
-        lister.terminate()
-        lister.wait()
-    listed.keys = [int(line) for line in output.read_text().splitlines()]
-    listed.duration_s = time.monotonic() - start
+    def _note(self, line: str) -> None:
+        keys, self._path = line.split()
+        self.keys += int(keys)
+        self._keys += int(keys)
+        if self._path == FIRST_PAGE:
+            self.whole.append(self._keys)
+            self._keys = 0
 
 
 def listing(bench: Bench) -> Figure:
     """The p99 of a calm load of GETs while all keys are listed, against the same load alone."""
     bench.stop_follower()
     leader = bench.leader(bench.cores.server)
-    listings: list[Listed] = []
+    others = Listing(leader, bench.cluster.directory / "lister.out")
 
     def beside() -> Round:
-        with _listing(leader, bench.cluster.directory) as listed:
-            measured = bench.load(leader, "calm GET", CALM_CONNECTIONS)
-        listings.append(listed)
-        return measured
+        with others.under_way():
+            return bench.load(leader, "calm GET", CALM_CONNECTIONS)
 
     rounds = bench.compare({"alone": lambda: bench.load(leader, "calm GET", CALM_CONNECTIONS), "beside": beside})
-    keys = [keys for listed in listings for keys in listed.keys]
-    if not keys or set(keys) != {bench.plan.keys}:
-        raise BenchError(f"listings of {bench.plan.keys} keys had {sorted(set(keys)) or 'no end'}")
+    if set(others.whole) != {bench.plan.keys}:
+        raise BenchError(f"listings of {bench.plan.keys} keys had {others.whole or 'no end'}")
     samples = [b.p99_us / a.p99_us for a, b in zip(rounds["alone"], rounds["beside"], strict=True)]
-    parts = {"keys/s listed": sum(keys) / sum(listed.duration_s for listed in listings)}
+    parts = {"keys/s listed": others.keys / others.duration_s, "whole listings": len(others.whole)}
     for name, measured in rounds.items():
         parts[f"{name} GETs/s"] = statistics.median(one.per_second for one in measured)
         parts[f"{name} p50 ms"] = statistics.median(one.p50_us for one in measured) / 1000

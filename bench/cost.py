@@ -54,8 +54,11 @@ def _start_both(bench: Bench) -> tuple[Server, Server]:
     code = _code_before(cluster)
     now = cluster.leader(bench.cores.server, "now")
     before = cluster.leader(bench.cores.server, "before", code)
-    asyncio.run(fill(cluster.data_dir(now), bench.plan.keys))
-    shutil.copytree(cluster.data_dir(now), cluster.data_dir(before))
+    filled = cluster.directory / "filled"
+    asyncio.run(fill(filled, bench.plan.keys))
+    for server in (now, before):  # both of them copies: the kernel caches a file in the pieces that it was written in
+        shutil.copytree(filled, cluster.data_dir(server))
+    shutil.rmtree(filled)
     for server in (now, before):
         server.start()
         server.wait_ready()
