@@ -60,6 +60,8 @@ class Server:
     port: int = field(default_factory=free_port)
     environment: dict[str, str] = field(default_factory=dict)
     ready_path: str = "/"
+    code: Path = ROOT
+    """Where Python finds the package that is run: another version of it may be elsewhere."""
     process: subprocess.Popen[bytes] | None = None
     peak_bytes: int = 0
     """The most memory that any process of this server had resident; see `note_peak`."""
@@ -77,7 +79,7 @@ class Server:
         """Start the process. It does not listen yet."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.code,
                 env={**os.environ, **self.environment},
             )  # fmt: skip
         self.move(self.core)
@@ -152,9 +154,12 @@ class Cluster:
         self.directory = directory
         self.servers: list[Server] = []
 
-    def leader(self, core: int) -> Server:
-        """Return a leader, `mehdb-0`, that is not started yet. Its store goes into `data_dir(leader)`."""
-        return self._node("mehdb-0", core, "")
+    def leader(self, core: int, name: str = "mehdb-0", code: Path = ROOT) -> Server:
+        """Return a leader, not started yet. Its store goes into `data_dir(leader)`; *name* is its volume's.
+
+        *code* has the package that it runs.
+        """
+        return self._node(name, core, "", code)
 
     def follower(self, leader: Server, name: str, core: int) -> Server:
         """Return a follower of *leader* with an empty volume, not started yet. *name* is its volume's."""
@@ -180,9 +185,9 @@ class Cluster:
         for server in reversed(self.servers):
             server.stop()
 
-    def _node(self, name: str, core: int, leader_url: str) -> Server:
+    def _node(self, name: str, core: int, leader_url: str, code: Path = ROOT) -> Server:
         command = [sys.executable, "-m", "mehdb", "serve"]
-        node = Server(name, command, self.directory / f"{name}.log", core, ready_path="/readyz")
+        node = Server(name, command, self.directory / f"{name}.log", core, ready_path="/readyz", code=code)
         inherited = [variable for variable in os.environ if variable.startswith("MEHDB_")]
         node.environment = dict.fromkeys(inherited, "") | {
             "MEHDB_HOST": "mehdb-1" if leader_url else "mehdb-0",

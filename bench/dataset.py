@@ -12,6 +12,7 @@ from mehdb.model import Epoch
 from mehdb.store import Store, Write
 
 VALUE_BYTES: Final = 128
+MANY: Final = 100  # keys in a batch of writes, and in a question for several
 FILL_AT_ONCE: Final = 2_000  # two of the writer's batches: it never waits, and few tasks wait for it
 SEED: Final = 1  # the same order in every run: figures differ by the machine's noise, not by luck
 

@@ -11,8 +11,17 @@ from typing import Final, Literal
 import msgspec
 
 from cluster import BenchError, Server
-from dataset import VALUE_BYTES
+from dataset import MANY, VALUE_BYTES
 
+Load = Literal["GET", "calm GET", "PUT", "batch", "several"]
+"""What is asked for, each time of random keys: a value, the same after a pause, a write, `MANY` writes at once, `MANY`
+values at once."""
+
+KEYS_EACH: Final[dict[Load, int]] = {"GET": 1, "calm GET": 1, "PUT": 1, "batch": MANY, "several": MANY}
+WRITTEN: Final = len("WRITE completed")
+LEAST_BYTES: Final[dict[Load, int]] = {  # an answer that has less does not hold what was asked for
+    load: each * (WRITTEN if load in ("PUT", "batch") else VALUE_BYTES) for load, each in KEYS_EACH.items()
+}
 SCRIPT: Final = Path(__file__).parent / "random_keys.lua"
 GRACE_S: Final = 30.0  # wrk ends by itself; this only catches one that hangs
 INSTALL_WRK: Final = (
@@ -71,12 +80,12 @@ class Wrk:
         self._keys = keys
         self._seed = 0
 
-    def run(self, server: Server, method: Literal["GET", "PUT"], connections: int, duration_s: int) -> Round:
+    def run(self, server: Server, load: Load, connections: int, duration_s: int) -> Round:
         """Load *server* for *duration_s*. Raises `BenchError` if anything but good answers came."""
         self._seed += 1
-        what = f"wrk: {method} on {server.name} over {connections} connections"
+        what = f"wrk: {load} on {server.name} over {connections} connections"
         options = ["--threads=1", f"--connections={connections}", f"--duration={duration_s}s", "--latency"]
-        arguments = [f"--script={SCRIPT}", server.url, "--", method, str(self._keys), str(self._seed)]
+        arguments = [f"--script={SCRIPT}", server.url, "--", load, str(self._keys), str(self._seed)]
         used_us = server.processor_us()
         try:
             result = subprocess.run(
@@ -91,5 +100,5 @@ class Wrk:
         measured = msgspec.structs.replace(
             msgspec.json.decode(line, type=Round), processor_us=server.processor_us() - used_us
         )
-        measured.refuse_bad(what, VALUE_BYTES if method == "GET" else len("WRITE completed"))
+        measured.refuse_bad(what, LEAST_BYTES[load])
         return measured

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-DECIMALS: Final = {"x": 2, "changes/s": 0, "ms": 1, "s": 2, "MiB": 0}
+DECIMALS: Final = {"x": 2, "changes/s": 0, "keys/s": 0, "ms": 1, "s": 2, "MiB": 0}
 
 
 @dataclass(frozen=True)

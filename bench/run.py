@@ -25,14 +25,16 @@ from rich.console import Console
 
 from cluster import BenchError, Cluster
 from dataset import fill
-from figures import FIGURES, TARGETS, Bench, Plan
+from figures import FIGURES
 from load import Wrk
 from machine import Cores, Disturbance, describe, pin
+from measuring import Bench, Plan
 from results import Figure, show, write_json
+from targets import TARGETS
 
-FULL: Final = Plan(keys=1_000_000, rounds=5, round_s=2, catch_ups=3, lag_s=10, restarts=5)
-QUICK: Final = Plan(keys=100_000, rounds=2, round_s=1, catch_ups=1, lag_s=4, restarts=2)
-LIMIT_S: Final = 900  # a run that takes this long hangs
+FULL: Final = Plan(keys=1_000_000, rounds=5, round_s=2, catch_ups=3, lag_s=10, restarts=5, cost_rounds=15)
+QUICK: Final = Plan(keys=100_000, rounds=2, round_s=1, catch_ups=1, lag_s=4, restarts=2, cost_rounds=4)
+LIMIT_S: Final = 1500  # a run that takes this long hangs
 RESULTS: Final = Path(__file__).parent / "results.json"
 
 
