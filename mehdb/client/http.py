@@ -68,8 +68,7 @@ class Answer:
     @property
     def revision(self) -> int:
         """What its ETag says; 0 if there is none."""
-        tag = self.headers.get("ETag", "").strip('"')
-        return int(tag) if tag.isascii() and tag.isdigit() else 0
+        return _number(self.headers.get("ETag", "").strip('"'))
 
     def refused(self) -> PeerRefused:
         """Return what it is, as an error."""
@@ -88,9 +87,13 @@ class Patience:
         self.end_s = time.monotonic() + timeout_s
         self._most_s = PAUSE_LEAST_S
 
-    def again(self) -> bool:
-        """Return whether there is time for another attempt: at once, as the pause before it is over."""
-        pause_s = random.uniform(self._most_s / 2, self._most_s)  # noqa: S311  no secret
+    def again(self, asked_s: int = 0) -> bool:
+        """Return whether there is time for another attempt: at once, as the pause before it is over.
+
+        *asked_s* is how long a node would have us wait.
+        """
+        most_s = max(self._most_s, min(asked_s, PAUSE_MOST_S))
+        pause_s = random.uniform(most_s / 2, most_s)  # noqa: S311  no secret
         self._most_s = min(2 * self._most_s, PAUSE_MOST_S)
         if time.monotonic() + pause_s >= self.end_s:
             return False
@@ -136,7 +139,7 @@ class Client:
         """
         patience, lost = Patience(self.timeout_s), False
         while True:
-            failures = []
+            failures, asked_s = [], 0
             for url in self._in_turn():
                 try:
                     answer = self._attempt(url, request, patience.end_s)
@@ -149,7 +152,8 @@ class Client:
                 if answer.status != 503 or "Retry-After" not in answer.headers:
                     return replace(answer, lost=lost)
                 failures.append(f"{url}: {answer.refused()}")
-            if not patience.again():
+                asked_s = max(asked_s, _number(answer.headers["Retry-After"]))
+            if not patience.again(asked_s):
                 self._give_up(failures, lost=lost)
 
     @contextlib.contextmanager
@@ -300,6 +304,11 @@ def _losses(url: str) -> Iterator[None]:
         raise PeerAnswerInvalid(f"{url}: {_reason(error)}") from error
     except (httpx.HTTPError, OSError) as error:
         raise _Lost(f"{url}: {_reason(error)}", sent=not isinstance(error, NOT_SENT)) from error
+
+
+def _number(text: str) -> int:
+    """Return the number that *text* is, 0 if it is none."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
 
 
 def _reason(error: Exception) -> str:
