@@ -81,6 +81,15 @@ def test_two_leaders_are_unhealthy_and_two_urls_of_one_are_not(cluster: Cluster,
     assert len(json.loads(done.out)["nodes"]) == 1
 
 
+def test_a_follower_of_another_leader_than_the_one_named_is_not_passed_over(cluster: Cluster, pair: Cluster) -> None:
+    other = cluster.start(1).leader
+    done = mehdb(f"{other.url},{pair.followers[0].url}", "status", "--json")
+    assert done.code == 1
+    assert sorted(row["url"] for row in json.loads(done.out)["nodes"] if row["role"] == "leader") == sorted(
+        [other.url, pair.leader.url]
+    )
+
+
 def test_an_answer_that_is_no_status_is_told(leader: Node) -> None:
     with scripted(answer(200, b"{}")) as server:
         done = mehdb(f"{leader.url},{server.url}", "status")
