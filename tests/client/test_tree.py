@@ -198,8 +198,7 @@ def test_what_stops_in_the_middle_says_how_to_go_on(cluster: Cluster, tmp_path: 
     (tmp_path / "in" / "a").write_text("a")
     node.stop()
     done = mehdb(node, "import", tmp_path / "in", "--timeout", "0.3")
-    assert done.code == 1
-    assert "Run the same command again" in done.said
+    assert "Run the same command again" in done.failed()
 
 
 def test_a_terminal_sees_how_far_it_has_come(leader: Node, tmp_path: Path) -> None:
@@ -215,6 +214,6 @@ def test_two_exports_do_not_share_a_folder(leader: Node, tmp_path: Path) -> None
     fd = os.open(tmp_path, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        assert "another export" in mehdb(leader, "export", tmp_path).said
+        assert "another export" in mehdb(leader, "export", tmp_path).failed()
     finally:
         os.close(fd)
