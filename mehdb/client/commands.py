@@ -252,14 +252,16 @@ def _carrying() -> Iterator["Carried"]:
     from mehdb.client.tree import Carried
 
     carried = Carried(lambda problem: typer.echo(f"mehdb: {problem}", err=True))
+    done = False
     try:
         yield carried
+        done = True
     except (OutcomeUnknown, PeerUnreachable) as error:
         raise type(error)(f"{error}. Run the same command again: it goes on where it stopped") from error
     finally:
-        typer.echo(
-            f"{carried.written} written, {carried.equal} there and equal, {carried.problems} left behind", err=True
-        )
+        if done or carried.written or carried.equal or carried.problems:
+            what = f"{carried.written} written, {carried.equal} there and equal, {carried.problems} left behind"
+            typer.echo(what, err=True)
     if carried.problems:
         raise typer.Exit(EXIT_FAILED)
 

@@ -60,8 +60,11 @@ def overview(urls: Sequence[str], token: str | None, timeout_s: float) -> Overvi
     """Ask the nodes at *urls*, and the leaders that they follow, within twice *timeout_s*."""
     answers = _ask_all(urls, token, timeout_s)
     followed = {answer.leader.url for answer in answers.values() if isinstance(answer, NodeStatus) and answer.leader}
-    if not any(isinstance(answer, NodeStatus) and answer.role is Role.LEADER for answer in answers.values()):
-        answers |= _ask_all(sorted(followed - set(answers)), token, timeout_s)
+    leads = any(isinstance(answer, NodeStatus) and answer.role is Role.LEADER for answer in answers.values())
+    for url, answer in _ask_all(sorted(followed - set(answers)), token, timeout_s).items():
+        # Followers may know the leader by a name that means nothing here: no matter, if it was found by another.
+        if isinstance(answer, NodeStatus) or not leads:
+            answers[url] = answer
     rows: list[Row] = []
     said: dict[tuple[object, ...], str] = {}
     for url, answer in answers.items():

@@ -7,7 +7,7 @@ from mehdb.client.http import Client, Patience, Stream
 from mehdb.client.lines import decode_event, query
 from mehdb.errors import PeerRefused, PeerUnreachable
 
-PASSING: Final = frozenset({"stopping", "too_slow", "store_away"})
+PASSING: Final = frozenset({"stopping", "too_slow", "store_away", "queue_full"})
 """Why a node may end a stream that the next one goes on with."""
 
 

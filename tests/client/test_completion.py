@@ -1,5 +1,6 @@
 """Completion in shells: the scripts, the names of commands, and keys, which a node knows."""
 
+import functools
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ NOBODY = "http://127.0.0.1:1"
 MEHDB = Path(arguments()[0]).with_name("mehdb")
 
 
+@functools.cache
 def shown(shell: str) -> str:
     """Return the script that sets up *shell*."""
     return run(MEHDB, environment=environment(NOBODY, _MEHDB_COMPLETE=f"source_{shell}"))

@@ -23,6 +23,7 @@ def test_every_key_comes_back_from_its_path(key: str, folder: bool) -> None:
 
 
 @given(KEYS, st.booleans())
+@example(".", False)
 @example("..", False)
 @example("a" * 480 + "..", False)
 @example(UNFINISHED, False)

@@ -5,6 +5,7 @@ import re
 
 from client_command import Done, mehdb
 from cluster import ADDRESS, Cluster, Node, eventually, free_port
+from mehdb.client.overview import overview
 from scripted import answer, scripted
 
 
@@ -55,15 +56,15 @@ def test_a_node_that_does_not_answer_is_unhealthy(pair: Cluster) -> None:
 def test_a_cluster_without_its_leader_is_unhealthy(cluster: Cluster) -> None:
     leader, follower = cluster.start(2).nodes
     leader.stop()
-    done = mehdb(follower, "status", "--json", "--timeout", "0.5")
-    found = rows(done)
-    assert done.code == 1
-    assert found["mehdb-1"]["ready"] is True
-    assert (found[leader.url]["ready"], found[leader.url]["asked"]) == (False, True)
+    found = overview((follower.url,), None, 0.5)
+    assert not found.healthy
+    rows = {row.name: row for row in found.nodes}
+    assert rows["mehdb-1"].ready
+    assert (rows[leader.url].ready, rows[leader.url].asked) == (False, True)
 
 
-def test_a_node_that_is_not_ready_is_unhealthy_and_says_why(cluster: Cluster) -> None:
-    leader = cluster.add().start()
+def test_a_node_that_is_not_ready_is_unhealthy_and_says_why(cluster: Cluster, leader: Node) -> None:
+    cluster.add()
     node = cluster.add(MEHDB_PEERS=f"http://{ADDRESS}:{free_port()}").start(ready=False)
     done = mehdb(f"{leader.url},{node.url}", "status", "--timeout", "1")
     assert done.code == 1
@@ -71,26 +72,28 @@ def test_a_node_that_is_not_ready_is_unhealthy_and_says_why(cluster: Cluster) ->
     assert re.search("^mehdb-1: synced: ", done.said, re.MULTILINE)
 
 
-def test_two_leaders_are_unhealthy_and_two_urls_of_one_are_not(cluster: Cluster, leader: Node) -> None:
-    other = cluster.start(1).leader
-    done = mehdb(f"{leader.url},{other.url}", "status", "--json")
-    assert (done.code, json.loads(done.out)["healthy"]) == (1, False)
-    assert len([row for row in json.loads(done.out)["nodes"] if row["role"] == "leader"]) == 2
-    done = mehdb(f"{other.url},{other.url.replace(ADDRESS, 'localhost')}", "status", "--json")
-    assert done.code == 0
-    assert len(json.loads(done.out)["nodes"]) == 1
+def test_two_leaders_are_unhealthy_and_two_urls_of_one_are_not(cluster: Cluster, pair: Cluster) -> None:
+    leader, other = pair.leader, cluster.start(1).leader
+    assert not overview((leader.url, other.url), None, 3).healthy
+    found = overview((other.url, other.url.replace(ADDRESS, "localhost")), None, 3)
+    assert found.healthy
+    assert len(found.nodes) == 1
+    found = overview((other.url, pair.followers[0].url), None, 3)
+    assert not found.healthy
+    assert {row.url for row in found.nodes if row.role == "leader"} == {other.url, leader.url}, (
+        "the one that it follows"
+    )
 
 
 def test_an_answer_that_is_no_status_is_told(leader: Node) -> None:
     with scripted(answer(200, b"{}")) as server:
-        done = mehdb(f"{leader.url},{server.url}", "status")
-        assert done.code == 1
-        assert "not a node's status" in done.said
+        found = overview((leader.url, server.url), None, 3)
+    assert not found.healthy
+    assert any("not a node's status" in (row.problem or "") for row in found.nodes)
 
 
-def test_the_size_is_that_of_the_stores_files(cluster: Cluster) -> None:
-    node = cluster.start(1).leader
-    before = rows(mehdb(node, "status", "--json"))["mehdb-0"]["size_bytes"]
-    assert isinstance(before, int)
-    node.put("large", b"v" * (1 << 20))
-    eventually(lambda: node.status().size_bytes > before + (1 << 20), "the store to have grown")
+def test_the_size_is_that_of_the_stores_files(leader: Node) -> None:
+    before = leader.status().size_bytes
+    assert before == overview((leader.url,), None, 3).nodes[0].size_bytes
+    leader.put("large", b"v" * (1 << 20))
+    eventually(lambda: leader.status().size_bytes > before + (1 << 19), "the store to have grown")
