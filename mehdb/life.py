@@ -120,6 +120,7 @@ class Life:
         await self._stop.wait()
         self._node.closing = True
         self._node.drain()
+        self._store.interrupt_waiting()  # a drain that began earlier ended no watch
         ending = asyncio.create_task(self._end(), name="end")
         hurry = asyncio.create_task(self._hurry.wait(), name="hurry")
         try:

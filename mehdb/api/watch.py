@@ -106,19 +106,19 @@ class Watch:
         self._store = store
         self._cache = cache
         self._prefix = prefix
-        self._history = store.meta.history
+        self._lineage = store.lineage
 
     async def next(self, bytes_max: int) -> Slice:
         """Return what the next changes are to the watcher, about *bytes_max* of it.
 
-        Raises `Compacted`, `Diverged` (another history is in the place of the one that was watched), `DamagedRow` and
-        `StoreAway`.
+        Raises `Compacted`, `Diverged` (another store is in the place of the one that was watched, and not certainly a
+        later state of it), `DamagedRow` and `StoreAway`.
         """
         events: list[Event] = []
         position, size_bytes = self.position, 0
         changes = await self._store.changes_after(position, SLICE_CHANGES, bytes_max)
-        if self._store.meta.history != self._history:  # looked at last: what was read is of this one
-            raise Diverged("another history is in the place of the one that was watched: list anew, and watch again")
+        if self._store.lineage != self._lineage:  # looked at last: what was read is of this one
+            raise Diverged("another store is in the place of the one that was watched: list anew, and watch again")
         for change in changes:
             if size_bytes >= bytes_max:
                 break

@@ -16,7 +16,7 @@ from typing import Final, Self, TypeVar
 
 import apsw
 
-from mehdb.errors import Damaged, DamagedRow, DiskFull, NotNow, StoreFailed
+from mehdb.errors import Compacted, Damaged, DamagedRow, DiskFull, NotNow, StoreFailed
 from mehdb.model import VALUE_BYTES_LIMIT, Change, Revision
 from mehdb.store.clock import Clock
 from mehdb.store.log import Log
@@ -142,6 +142,15 @@ class Session:
     def meta(self) -> Meta:
         """What is durable."""
         return self.writer.meta if self.writer else self._meta
+
+    def continues(self, before: Meta) -> bool:
+        """Return whether this is certainly a later state of a store that was at *before*."""
+        if self.meta.history != before.history or self.meta.head < before.head:
+            return False
+        try:
+            return self._point_reader.chain(before.head) == before.chain
+        except (Compacted, DamagedRow):
+            return False
 
     async def get(self, key: bytes) -> Change | None:
         """Return the change that *key* is live with, None if it is not live. Raises `DamagedRow`.

@@ -69,6 +69,8 @@ class Store:
         """Done when a write or a sync has failed for good: the process must end and acknowledge nothing more."""
         self.damaged: Damaged | None = None
         """Why the store could not be opened, if that is so: another one may take its place (`replace`)."""
+        self.lineage = 0
+        """Grows when a store is opened that is not certainly a later state of the one that was open before."""
         self.damage: DamagedRow | None = None
         """The first damaged row that was met since the store was opened."""
         self._options = options or StoreOptions()
@@ -124,12 +126,16 @@ class Store:
         """Open what there is: for writing, or for reading alone where the volume allows no more."""
         assert self._lock is not None, "the directory is ours first"  # noqa: S101  our own invariant
         take_back_half_kept(self.directory)
+        before = self._meta
         self._meta, self.damage, self.damaged = EMPTY, None, None
         try:
             self._open_session(read_only=self._lock.read_only)
         except Damaged as error:
             self.damaged, self._marked = error, read_mark(self.directory) or Position()
+            self.lineage += 1
             raise
+        if self._session is not None and not self._session.continues(before):
+            self.lineage += 1
         self._wake()
 
     def _open_session(self, *, read_only: bool) -> None:

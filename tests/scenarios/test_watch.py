@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from cluster import ADDRESS, DEADLINE_S, Cluster, Node, eventually
+from commands import mehdb
 from watching import Watcher, watching
 from wire import Connection, ask
 
@@ -256,6 +257,19 @@ def test_a_drain_ends_no_watch_and_a_stop_does_with_the_reason(cluster: Cluster)
         assert watcher.event() == {"op": "heartbeat", "revision": revision}
         node.stop()
         assert watcher.event()["error"] == "stopping"
+        assert watcher.line() == b""
+
+
+def test_a_watch_ends_when_another_history_takes_the_place_of_the_one_that_it_is_of(cluster: Cluster) -> None:
+    node = cluster.start(1).leader
+    assert ask(node, "PUT", "/set/k", b"v").status == 200
+    backup = cluster.directory / "backup.db"
+    assert mehdb("backup", backup, data_dir=node.volume).code == 0
+    with watching(node) as watcher:
+        begun = watcher.event()["revision"]
+        assert mehdb("restore", "--replace", "--yes", backup, data_dir=node.volume).code == 0
+        told = watcher.change()
+        assert (told["op"], told["error"], told["revision"]) == ("error", "diverged", begun)
         assert watcher.line() == b""
 
 

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -87,6 +88,33 @@ async def test_a_kept_copy_is_a_whole_store(old: Path, incoming: tuple[Path, Met
     async with opened(old) as store:
         assert store.meta == meta
     assert kept.exists()
+
+
+async def test_only_a_later_state_of_it_continues_what_was_open(tmp_path: Path, incoming: tuple[Path, Meta]) -> None:
+    """Those who watch go on over the first, and over nothing else: not over a fork within the same history."""
+    follower, leader, fork = (tmp_path / name for name in ("follower", "leader", "fork"))
+    async with leading(leader) as store:
+        await fill(store, 5, b"shared")
+        first = await store.snapshot()
+        copied = first.path.rename(tmp_path / "first")
+    fork.mkdir()
+    shutil.copy(copied, fork / DATABASE)
+    async with opened(leader) as later, opened(fork) as forked:
+        await put(later, b"k", b"later")
+        await put(forked, b"k", b"forked")
+    async with opened(follower) as store:
+        lineages = [store.lineage]
+        for source in (copied, leader, leader, fork, incoming[0]):
+            path = source
+            if source in (leader, fork):
+                path = make_snapshot(source, tmp_path / "next", None).path
+            await store.replace(path, verify_snapshot(path), None)
+            lineages.append(store.lineage)
+        async with store.suspended():
+            pass
+        lineages.append(store.lineage)
+    changed = [after != before for before, after in pairwise(lineages)]
+    assert changed == [True, False, False, True, True, False]
 
 
 KILLED = """
