@@ -51,7 +51,7 @@ def test_a_json_status_tells_everything(pair: Cluster) -> None:
         assert set(status) == {
             "node", "role", "state", "ready", "reason", "history", "epoch", "revision", "chain", "floor", "keys",
             "queue_bytes", "leader", "followers", "uptime_seconds", "version", "commits", "free_bytes", "damage",
-            "size_bytes",
+            "watchers", "size_bytes",
         }  # fmt: skip
         assert {name: status[name] for name in position} == position
         shown = {
