@@ -78,7 +78,9 @@ def check(connection: apsw.Connection, on_progress: OnProgress = unheard) -> Che
         keys = cast("int", connection.execute("SELECT count(*) FROM entry").get)
         on_progress(0, changes)
         connection.set_progress_handler(partial(_go_on, on_progress, changes), INTEGRITY_STEPS)
-        problems += (f"SQLite: {line}" for (line,) in connection.execute(INTEGRITY) if line != "ok")
+        problems += (
+            f"SQLite: {' '.join(str(line).split())}" for (line,) in connection.execute(INTEGRITY) if line != "ok"
+        )
         connection.set_progress_handler(None)
         problems += islice(_problems(connection, meta, keys, lambda done: on_progress(done, changes)), PROBLEMS_MAX)
     except (apsw.Error, DamagedRow) as error:
