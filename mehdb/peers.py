@@ -103,6 +103,7 @@ class Relayed:
     def __init__(self, url: str, answer: httpx.Response) -> None:
         self.status = answer.status_code
         self.headers = answer.headers.raw
+        self.content_type = answer.headers.get("Content-Type", "application/octet-stream")
         length = answer.headers.get("Content-Length", "")
         self.size_bytes = int(length) if NUMBER.fullmatch(length) else None
         self._url = url

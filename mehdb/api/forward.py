@@ -26,8 +26,8 @@ WAIT_S: Final = 5.0  # what a request may wait for on the leader, where it does 
 ANSWER_S: Final = 10.0  # beyond that, until the head of an answer: a leader under load commits within seconds
 ASKED: Final = ("Content-Type", "Accept", "If-Match", "If-None-Match")  # of a request, to the leader
 ANSWERED: Final = frozenset(
-    b"allow content-length content-type date etag link retry-after server x-content-type-options".split()
-)  # of an answer, to the client; and all that begin with:
+    b"allow date etag link retry-after server x-content-type-options".split()
+)  # of an answer, to the client, beside what frames it; and all that begin with:
 OURS: Final = b"mehdb-"
 NOT_IN_TARGET: Final = re.compile(rb"[^\x21-\x7e]")  # RFC 9112, 3.2: what some clients send all the same
 NO_BODY: Final = BODILESS | {304}
@@ -100,25 +100,16 @@ class ToLeader:
 class RelayedAnswer(Answer):
     """The leader's answer. *rest* is its body where that still has to come, None where *body* is all of it."""
 
-    def __init__(self, status: int, headers: str, body: bytes, rest: Relayed | None) -> None:
-        super().__init__(body, status=status, headers=headers)
+    def __init__(
+        self, status: int, content_type: str, headers: str, size_bytes: int | None, body: bytes, rest: Relayed | None
+    ) -> None:
+        super().__init__(body, content_type, status=status, headers=headers)
+        self.content_bytes = size_bytes
         self._rest = rest
-        self._chunked = False
 
     def complete(self, request: web.BaseRequest, common_headers: str, sending: Sending, *, last: bool) -> None:  # noqa: ARG002
         """Serialise the head: in place of this node's headers, those that came with the answer."""
-        framed = self._rest is None or self._rest.size_bytes is not None
-        self._chunked = not framed and request.version >= (1, 1)
-        super().complete(request, "", sending, last=last or not (framed or self._chunked))
-        lines = [STATUS_LINES[self.status], self.header_lines]
-        if self._chunked:
-            lines.append("Transfer-Encoding: chunked\r\n")
-        if not self._keep_alive:
-            lines.append("Connection: close\r\n")
-        elif request.version < (1, 1):
-            lines.append("Connection: keep-alive\r\n")
-        lines.append("\r\n")
-        self._head = "".join(lines).encode("utf-8", "surrogateescape")
+        super().complete(request, "", sending, last=last)
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
         """Send it, as it comes. If its end does not come, the end of the connection tells the client."""
@@ -168,7 +159,8 @@ async def _answer(relayed: Relayed, request: web.BaseRequest, node: str) -> Rela
         if name.lower() in ANSWERED or name.lower().startswith(OURS)
     ]
     headers = b"".join(lines).decode("utf-8", "surrogateescape") + f"Via: 1.1 {node}\r\n"
-    return RelayedAnswer(status, headers, body, None if whole else relayed)
+    told_bytes = len(body) if whole and size_bytes is None else size_bytes
+    return RelayedAnswer(status, relayed.content_type, headers, told_bytes, body, None if whole else relayed)
 
 
 def _raw(target: Target) -> bytes:
