@@ -1,5 +1,6 @@
 """Many keys at once, and what they were: GET /keys, POST /get and GET /history/KEY."""
 
+from collections.abc import Iterable
 from typing import Final
 from urllib.parse import quote, urlencode
 
@@ -7,7 +8,7 @@ import msgspec
 from aiohttp import web
 
 from mehdb.api import lines
-from mehdb.api.answers import NDJSON, Answer, json_answer
+from mehdb.api.answers import JSON, NDJSON, Answer
 from mehdb.api.consistency import Reads
 from mehdb.api.data import refuse_if_empty
 from mehdb.api.requests import BodyBudget, Parameters, Target, boolean, decode_key, read_body, revision_number
@@ -43,23 +44,15 @@ class ListingRoutes:
             return answer
         refuse_if_empty(self._store)
         query = Query(**{name: text.encode() for name, text in texts.items()}, limit=limit, values=values)
-        page = await self._store.scan(lambda reader: list_page(reader, query))
+        # Encoded in the thread of the scan as well: ten thousand keys would keep all other requests waiting meanwhile.
+        page, body = await self._store.scan(
+            lambda reader: (page := list_page(reader, query), _body(page.items, self._store.now_ms(), values=values))
+        )
         headers = f'ETag: "{page.revision}"\r\n'
         if page.last is not None:
             cursor = texts | {"after": page.last.decode(), "limit": str(limit), "values": "true" if values else ""}
             headers += next_link("/keys", cursor)
-        if not values:
-            names = [item.prefix if isinstance(item, Folder) else item for item in page.items]
-            found = json_answer([name.decode() for name in names if isinstance(name, bytes)], headers=headers)
-            found.revision = page.revision
-            return found
-        now_ms = self._store.now_ms()
-        entries = [
-            lines.Folder(item.prefix.decode()) if isinstance(item, Folder) else lines.entry(item, now_ms)
-            for item in page.items
-            if isinstance(item, Folder | Change)
-        ]
-        return Answer(lines.encode_lines(entries), NDJSON, headers=headers, revision=page.revision)
+        return Answer(body, NDJSON if values else JSON, headers=headers, revision=page.revision)
 
     async def several(self, request: web.BaseRequest, target: Target, _rest: str) -> Answer:
         """Answer with the values of the keys in the body, in their order, all of one state."""
@@ -93,6 +86,22 @@ class ListingRoutes:
             headers += next_link(f"/history/{quote(key)}", cursor)
         events = [lines.event(change, values=values) for change in past.changes]
         return Answer(lines.encode_lines(events), NDJSON, headers=headers)
+
+
+def _body(items: Iterable[bytes | Change | Folder], now_ms: int, *, values: bool) -> bytes:
+    """Return *items* as lines with their *values*, or as an array of names."""
+    if not values:
+        names = [
+            item.decode() if isinstance(item, bytes) else item.prefix.decode()
+            for item in items
+            if not isinstance(item, Change)
+        ]
+        return msgspec.json.encode(names) + b"\n"
+    return lines.encode_lines(
+        lines.Folder(item.prefix.decode()) if isinstance(item, Folder) else lines.entry(item, now_ms)
+        for item in items
+        if isinstance(item, Folder | Change)
+    )
 
 
 def next_link(path: str, cursor: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ folder is skipped, not read.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from time import sleep
 from typing import Any, Final
 
 import apsw
@@ -17,10 +18,14 @@ from mehdb.store.schema import is_damage
 from mehdb.store.seal import is_intact
 
 KEYS: Final = "SELECT key FROM entry WHERE key >= ? AND key < ? ORDER BY key LIMIT ?"
+# Many in one step, during which SQLite needs no interpreter: row by row, it takes eight times as long.
+KEYS_JOINED: Final = f"SELECT CAST(group_concat(key, x'ff') AS BLOB) FROM ({KEYS})"  # noqa: S608  our own constant
 VALUES: Final = """
     SELECT entry.key, entry.revision, change.revision, change.key, value, content_type, expires_at, crc
     FROM entry LEFT JOIN change ON change.revision = entry.revision
     WHERE entry.key >= ? AND entry.key < ? ORDER BY entry.key LIMIT ?"""
+KEYS_STRETCH: Final = 1000  # keys in one step, between two pauses: a fraction of a millisecond
+PAUSE_S: Final = 0.0002  # in which the event loop answers what has come meanwhile
 LISTING_BYTES: Final = 1 << 20  # of values in a page: one round trip for a program, little memory for a node
 
 
@@ -86,12 +91,31 @@ def list_page(reader: Reader, query: Query) -> Listing:
     """Return the first page of what *query* asks for. Raises `DamagedRow`."""
     try:
         with reader.snapshot() as meta:
-            items, last = _page(_items(reader.connection, query), query)
-            return Listing(meta.head, items, last)
+            if query.values or query.delimiter:
+                return Listing(meta.head, *_page(_items(reader.connection, query), query))
+            return Listing(meta.head, *_keys_alone(reader.connection, query))
     except apsw.Error as error:
         if not is_damage(error):
             raise
         raise DamagedRow("the index cannot be read whole from this node's disk: read another node") from error
+
+
+def _keys_alone(connection: apsw.Connection, query: Query) -> tuple[tuple[bytes, ...], bytes | None]:
+    """Return what `_page` would of keys without values or folders, in a fraction of the time."""
+    keys: list[bytes] = []
+    first, left = query.first, query.limit + 1
+    if first < query.end:
+        require_absent(connection, first)
+    while first < query.end and left > 0:
+        joined: bytes | None = connection.execute(KEYS_JOINED, (first, query.end, min(left, KEYS_STRETCH))).get
+        if joined is None:
+            break
+        found = _whole(joined).split(AFTER_UTF8)
+        keys += found
+        first, left = found[-1] + b"\0", left - len(found)
+        if len(found) == KEYS_STRETCH:
+            sleep(PAUSE_S)
+    return tuple(keys[: query.limit]), None if left > 0 else keys[query.limit - 1]
 
 
 def _page(found: Iterator[Item], query: Query) -> tuple[tuple[Item, ...], bytes | None]:
