@@ -1,7 +1,6 @@
 """Many writes at once: POST /batch. All of them are made, in consecutive revisions and one commit, or none."""
 
 import base64
-import binascii
 from typing import Annotated, Final
 
 import msgspec
@@ -159,5 +158,5 @@ def _value(number: int, line: Set) -> bytes:
         return line.value.encode()
     try:
         return base64.b64decode(str(line.base64), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # not only binascii.Error: what is no ASCII is refused before it is looked at
         raise BadBody(f"operation {number}: base64 is none ({error}): nothing was written") from error

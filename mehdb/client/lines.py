@@ -1,7 +1,6 @@
 """What nodes answer, read: entries, listings page by page, and the lines of a watch. Nothing is asked twice here."""
 
 import base64
-import binascii
 import re
 from collections.abc import Iterator
 from typing import Final
@@ -33,7 +32,7 @@ class Entry(msgspec.Struct, frozen=True):
             return None if self.value is None else self.value.encode()
         try:
             return base64.b64decode(self.base64, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # not only binascii.Error: it may hold what is no ASCII
             raise PeerAnswerInvalid(f"the value of {self.key!r} is no base64: {error}") from error
 
 

@@ -55,7 +55,8 @@ def history(reader: Reader, key: bytes, before: Revision | None, limit: int) -> 
     changes: list[Change] = []
     size_bytes = 0
     meta: Meta = reader.meta()
-    for change in _changes(reader, key, before or Revision(meta.head + 1), ORIGIN):
+    beyond = Revision(meta.head + 1)  # nothing is to be searched from there on, whatever a client names
+    for change in _changes(reader, key, beyond if before is None else min(before, beyond), ORIGIN):
         if len(changes) == limit or size_bytes >= PAGE_BYTES:
             return Past(changes, meta.floor, more=True)
         changes.append(change)

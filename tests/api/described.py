@@ -1,9 +1,14 @@
 """Requests made up from `docs/openapi.yaml`, and held against it: every answer must be one that it describes."""
 
+import copy
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
+from math import ceil
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import requests
@@ -18,22 +23,41 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from cluster import DEADLINE_S, Node
+from cluster import DEADLINE_S
 
 DESCRIPTION = yaml.safe_load((Path(__file__).parents[2] / "docs/openapi.yaml").read_text())
-SCHEMA = schemathesis.openapi.from_dict(DESCRIPTION)
+LINES_MAX = 5  # of a body that is made up: a thousand would take minutes
+
+
+def _with_short_bodies(description: dict[str, Any]) -> dict[str, Any]:
+    """Return the *description*, with bodies of few lines."""
+    short = copy.deepcopy(description)
+    for path, media_type in (("/batch", "application/x-ndjson"), ("/get", "application/json")):
+        short["paths"][path]["post"]["requestBody"]["content"][media_type]["schema"]["maxItems"] = LINES_MAX
+    return short
+
+
+SCHEMA = schemathesis.openapi.from_dict(_with_short_bodies(DESCRIPTION))
 OPERATIONS: dict[str, APIOperation] = {}
 for _result in SCHEMA.get_all_operations():
     OPERATIONS[_result.ok().label] = _result.ok()
+METHODS = ("get", "head", "put", "post", "delete")
 CHECKS = [
     status_code_conformance, content_type_conformance, response_headers_conformance, response_schema_conformance
 ]  # fmt: skip
 WAIT_S = 0.01  # instead of up to a minute, or the 5 s that are waited where nothing is said
 WAITED_FOR = ("min_revision", "revision", "acks", "wait")  # what makes a request wait
-KEYS = 5  # as many does every second request with a key share: otherwise no key would ever be found
-PARTLY_MADE_UP = 2
+REVISIONS = ("min_revision", "revision", "after", "before", "durable")
+BAD_REQUEST = 400  # never to what is as described
+KEYS = 5  # as many do likely requests share: otherwise no key would ever be found
+LIKELY_REVISIONS = 1000
+ACCEPTED = ("*/*", "application/json", "text/event-stream")  # in turn: OpenAPI has no parameter for it
 # What a server may answer with 5xx, and only where a request has asked for what it cannot have.
-EXCUSED = {"not_reached", "not_confirmed", "too_stale"}
+EXCUSED = {
+    "not_reached": (504, ("min_revision", "revision")),
+    "not_confirmed": (504, ("acks",)),
+    "too_stale": (503, ("max_staleness",)),
+}
 
 
 def is_made_up(operation: APIOperation) -> bool:
@@ -41,33 +65,69 @@ def is_made_up(operation: APIOperation) -> bool:
     return any((operation.path_parameters, operation.query, operation.headers, operation.body))
 
 
+def resolved(node: Any) -> Any:
+    """Return what *node* refers to in the description, or itself."""
+    while isinstance(node, dict) and "$ref" in node:
+        target: Any = DESCRIPTION
+        for name in node["$ref"].removeprefix("#/").split("/"):
+            target = target[name]
+        node = target
+    return node
+
+
+def described_operations() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield path, method and operation of all that the description has."""
+    for path, item in DESCRIPTION["paths"].items():
+        for method in METHODS:
+            if method in item:
+                parameters = [*item.get("parameters", ()), *item[method].get("parameters", ())]
+                yield path, method.upper(), item[method] | {"parameters": [resolved(one) for one in parameters]}
+
+
 @schemathesis.serializer("application/x-ndjson")
-def _ndjson(_context: schemathesis.SerializationContext, value: Any) -> Any:
+def _to_lines(_context: schemathesis.SerializationContext, value: Any) -> Any:
     lines = value if isinstance(value, list) else [value]
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
+@schemathesis.deserializer("application/x-ndjson")
+def _from_lines(_context: schemathesis.DeserializationContext, answer: Any) -> Any:
+    assert not answer.content or answer.content.endswith(b"\n"), "half a line"
+    return [json.loads(line) for line in answer.content.splitlines()]
+
+
+def exercised(urls: list[str], label: str, number: int) -> Counter[int]:
+    """Return the statuses of *number* requests of one operation. To be called in a process of its own, too."""
+    exercise = Exercise(urls)
+    try:
+        with exercise.session:
+            exercise.run(label, number)
+    except (Exception, BaseExceptionGroup) as failure:  # noqa: BLE001  whatever it is
+        text = "".join(format_exception(failure))  # as text: schemathesis' failures do not travel between processes
+        raise AssertionError(f"{label}: {text}") from None
+    return exercise.answered
+
+
 @dataclass
 class Exercise:
-    """Requests, each to all of *nodes*: to make one up takes longer than to answer it. Counts what is answered."""
+    """Requests, each to the nodes at all *urls*: to make one up takes longer than to answer it. Counts the answers."""
 
-    nodes: list[Node]
-    answered: dict[str, Counter[int]] = field(default_factory=dict)
+    urls: list[str]
+    answered: Counter[int] = field(default_factory=Counter)
+    """How often each status was answered."""
     session: requests.Session = field(default_factory=requests.Session)
 
-    @property
-    def count(self) -> int:
-        return sum(sum(statuses.values()) for statuses in self.answered.values())
-
     def run(self, label: str, number: int) -> None:
-        """Make up *number* requests of one operation, half of them against its description, where that can be."""
+        """Make up *number* requests or more, half of them against the description; few, if all are equal."""
         operation = OPERATIONS[label]
-        self._run(operation, GenerationMode.POSITIVE, number - number // 2)
-        if is_made_up(operation):
-            self._run(operation, GenerationMode.NEGATIVE, number // 2)
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE) if is_made_up(operation) else ():
+            self._run(operation, mode, ceil(number / 2 / len(self.urls) / (2 if has_likely(operation) else 1)))
+        if not is_made_up(operation):
+            self._run(operation, GenerationMode.POSITIVE, 1)
 
     def _run(self, operation: APIOperation, mode: GenerationMode, number: int) -> None:
-        numbers = iter(range(number))
+        """Make up *number* cases, and ask each as it is, and about what there is, where that is another."""
+        numbers = count()
 
         @seed(4)
         @settings(
@@ -76,26 +136,63 @@ class Exercise:
         )  # fmt: skip
         @given(case=operation.as_strategy(generation_mode=mode))
         def ask(case: Case) -> None:
+            number = next(numbers)
+            if case.path in ("/status", "/watch"):
+                case.headers["Accept"] = ACCEPTED[number % len(ACCEPTED)]
             _shorten(case)
-            number = next(numbers, 0)
-            if mode is GenerationMode.POSITIVE and "key" in (case.path_parameters or {}) and number % PARTLY_MADE_UP:
-                case.path_parameters["key"] = f"shared/{number % KEYS}"
-            for node in self.nodes:
-                self._ask(case, node)
+            self._ask_all(case, mode)
+            if has_likely(operation):
+                _make_likely(case, number)
+                self._ask_all(case, mode)
 
         ask()
 
-    def _ask(self, case: Case, node: Node) -> None:
-        answer = case.call(
-            base_url=node.url, session=self.session, allow_redirects=False, timeout=DEADLINE_S
-        )  # fmt: skip
-        self.answered.setdefault(case.operation.label, Counter())[answer.status_code] += 1
-        case.validate_response(answer, checks=CHECKS)
+    def _ask_all(self, case: Case, mode: GenerationMode) -> None:
+        for url in self.urls:
+            answer = self.ask(case, url)
+            understood = mode is GenerationMode.NEGATIVE or answer.status_code != BAD_REQUEST
+            assert understood, (answer.request.url, answer.request.body, answer.content)
+
+    def ask(self, case: Case, url: str) -> requests.Response:
+        """Have the node at *url* answer *case* as described, with no 5xx that is not asked for."""
+        answer = self.answer(case, url)
         if answer.status_code >= 500:
-            error = json.loads(answer.content).get("error") if answer.content else "told to HEAD alone"
-            asked = {**(case.query or {})}
-            assert error in EXCUSED or (case.method == "HEAD" and asked), (answer.request.url, answer.content)
-            assert any(name in asked for name in (*WAITED_FOR, "max_staleness")), answer.request.url
+            error = None if case.method == "HEAD" else json.loads(answer.content)["error"]
+            assert _is_excused(case, answer.status_code, error), (answer.request.url, answer.content)
+        return answer
+
+    def answer(self, case: Case, url: str) -> requests.Response:
+        """Have the node at *url* answer *case* as described."""
+        answer = case.call(base_url=url, session=self.session, allow_redirects=False, timeout=DEADLINE_S)
+        self.answered[answer.status_code] += 1
+        case.validate_response(answer, checks=CHECKS)
+        return answer
+
+
+def _is_excused(case: Case, status: int, error: str | None) -> bool:
+    """Return whether *case* has asked for that answer. *error* is None where the answer has no body."""
+    return any(
+        status == excused and error in (code, None) and any(name in (case.query or {}) for name in names)
+        for code, (excused, names) in EXCUSED.items()
+    )
+
+
+def has_likely(operation: APIOperation) -> bool:
+    """Return whether requests of *operation* name keys or revisions: few that are made up are there."""
+    names = {parameter.name for parameter in operation.query}
+    return bool(operation.path_parameters or operation.body or names.intersection(REVISIONS))
+
+
+def _make_likely(case: Case, number: int) -> None:
+    """Have a request be about a key and revisions that there are, or soon will be."""
+    key = f"shared/{number % KEYS}"
+    if "key" in (case.path_parameters or {}):
+        case.path_parameters["key"] = key
+    for name in REVISIONS:
+        if isinstance((case.query or {}).get(name), int):
+            case.query[name] %= LIKELY_REVISIONS
+    if isinstance(case.body, list):
+        case.body = [line | {"key": key} if isinstance(line, dict) else key for line in case.body]
 
 
 def _shorten(case: Case) -> None:

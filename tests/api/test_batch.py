@@ -97,6 +97,7 @@ BAD_LINES = [
     (lines(put("a"), put("b"), {"op": "set", "key": "c"}), "operation 3"),
     (lines(put("a", base64="YQ==")), "operation 1"),
     (lines({"op": "set", "key": "a", "base64": "a"}), "base64"),
+    (lines({"op": "set", "key": "a", "base64": "é"}), "base64"),
     (lines(put("a", size=1)), "size"),
     (lines(put("a", ttl=-1)), "ttl"),
     (lines(put("a", ttl=0)), "ttl"),

@@ -71,6 +71,14 @@ def test_a_history_is_told_from_the_newest_on_page_by_page(pair: Cluster, connec
     assert ask(pair.leader, "GET", "/history/past/never").status == 404
 
 
+def test_a_history_begins_where_it_is_asked_for_however_far_ahead_or_early(connection: Connection) -> None:
+    first = put(connection, "past/b", b"1")
+    second = put(connection, "past/b", b"2")
+    for before, found in ((1 << 62, [second, first]), (second, [first]), (first, []), (0, [])):
+        lines = history(connection.ask("GET", f"/history/past/b?before={before}"))
+        assert [line["revision"] for line in lines] == found, before
+
+
 def test_what_is_no_longer_retained_is_410_with_the_floor(cluster: Cluster) -> None:
     cluster.start(1, MEHDB_RETAIN_CHANGES="100")
     with Connection(cluster.leader) as connection:
