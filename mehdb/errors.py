@@ -79,7 +79,7 @@ class BadParameter(RequestError):
 
 
 class BadBody(RequestError):
-    """The body ended early or its framing was broken."""
+    """The body ended early, its framing was broken, or it is not what the route takes."""
 
     code = "bad_body"
 

@@ -4,7 +4,7 @@ import base64
 from typing import Annotated, Final
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 from msgspec import UNSET, UnsetType
 
 from mehdb.api import lines
@@ -14,7 +14,7 @@ from mehdb.api.data import CONTENT_TYPE, TTL_S_MAX
 from mehdb.api.forward import ToLeader
 from mehdb.api.node import NodeView
 from mehdb.api.requests import REVISION_MAX, BodyBudget, Parameters, Target, read_body
-from mehdb.errors import BadBody, BadKey, BatchTooLarge, ValueTooLarge
+from mehdb.errors import BadBody, BadKey, BadParameter, BatchTooLarge, ValueTooLarge
 from mehdb.model import Revision, checked_key
 from mehdb.settings import Settings
 from mehdb.store import Batch, Check, Store, Write
@@ -87,6 +87,8 @@ class BatchRoutes:
             return answer
         wanted = self._acks.wanted(parameters)
         parameters.finish()
+        if hdrs.IF_MATCH in request.headers or hdrs.IF_NONE_MATCH in request.headers:
+            raise BadParameter("a batch has lines of its own for conditions ('check'): nothing was written")
         with self._node.writing() as recheck:
             body = await read_body(request, BATCH_BYTES_MAX, self._settings.body_timeout, self._arriving, TOO_LARGE)
             operations = _operations(body)
@@ -128,6 +130,8 @@ def _answer(operations: list[Operation], revisions: tuple[Revision, ...]) -> Ans
 
 def _operations(body: bytes) -> list[Operation]:
     """Return the lines of *body*. Raises `BadBody` and `BatchTooLarge`."""
+    if max(body.count(b"\n"), body.count(b'"op"')) > OPERATIONS_MAX:  # before all of them are read
+        raise BatchTooLarge(f"more than {OPERATIONS_MAX} lines or operations: split them; nothing was written")
     try:
         operations = _decoder.decode_lines(body)
     except (msgspec.DecodeError, UnicodeError) as error:

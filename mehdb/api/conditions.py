@@ -13,7 +13,8 @@ from mehdb.errors import BadParameter
 from mehdb.model import Revision
 from mehdb.store import Condition
 
-TAG: Final = re.compile(r'\s*(W/)?"([\x21\x23-\x7e\x80-\uffff]*)"\s*')  # RFC 9110, 8.8.3
+TAG: Final = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\uffff]*)"')  # RFC 9110, 8.8.3
+TAGS: Final = re.compile(rf"\s*(?:{TAG.pattern})(?:\s*,\s*(?:{TAG.pattern}))*\s*")
 REVISION: Final = re.compile("[1-9][0-9]{0,18}")
 TAGS_MAX: Final = 64
 
@@ -27,8 +28,12 @@ def write_conditions(headers: CIMultiDictProxy[str]) -> tuple[Condition, ...]:
     )
 
 
-def is_unchanged(header: str, revision: Revision) -> bool:
-    """Return whether a client whose `If-None-Match` is *header* has what is at *revision*. Raises `BadParameter`."""
+def is_unchanged(headers: CIMultiDictProxy[str], revision: Revision) -> bool:
+    """Return whether a client that sent `If-None-Match` in *headers* has what is at *revision*.
+
+    Raises `BadParameter`.
+    """
+    header = ",".join(headers.getall(hdrs.IF_NONE_MATCH))
     return not Condition(_revisions(header, hdrs.IF_NONE_MATCH), negated=True).holds(revision)
 
 
@@ -39,10 +44,8 @@ def _revisions(header: str, name: str) -> frozenset[int] | None:
     """
     if header.strip() == "*":
         return None
-    tags = header.split(",", TAGS_MAX)
-    matches = [TAG.fullmatch(tag) for tag in tags if tag.strip()]
-    if not matches or None in matches or len(tags) > TAGS_MAX:
+    tags = TAG.findall(header) if TAGS.fullmatch(header) else []
+    if not 1 <= len(tags) <= TAGS_MAX:
         raise BadParameter(f'{name} must be * or a list of revisions in quotes, such as {name}: "7"')
     weak_too = name == hdrs.IF_NONE_MATCH
-    found = (match[2] for match in matches if match and (weak_too or not match[1]))
-    return frozenset(int(tag) for tag in found if REVISION.fullmatch(tag))
+    return frozenset(int(tag) for weak, tag in tags if (weak_too or not weak) and REVISION.fullmatch(tag))

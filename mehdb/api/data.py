@@ -69,8 +69,7 @@ class DataRoutes:
         headers = f'ETag: "{change.revision}"\r\nX-Content-Type-Options: nosniff\r\n'
         if change.expires_at is not None and revision is None:
             headers += f"Mehdb-TTL: {ttl_s(change.expires_at, self._store.now_ms()):.3f}\r\n"
-        known = request.headers.get(hdrs.IF_NONE_MATCH)
-        if known is not None and is_unchanged(known, change.revision):
+        if hdrs.IF_NONE_MATCH in request.headers and is_unchanged(request.headers, change.revision):
             return Answer(status=304, headers=headers, revision=change.revision)
         return Answer(change.value, change.content_type or BYTES, headers=headers, revision=change.revision)
 

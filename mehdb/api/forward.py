@@ -61,6 +61,8 @@ class ToLeader:
         if self._leader is None:
             return None
         wait_s = parameters.take("wait", seconds(WAIT_S_MAX), max(WAIT_S, self._settings.acks_timeout))
+        if self._node.leader_leaves:
+            raise Draining("the leader is about to restart, nothing was written: try again in a moment")
         return await self._elsewhere(request, target, WRITE_ELSEWHERE, wait_s if forward else None)
 
     async def read(self, request: web.BaseRequest, target: Target, *, forward: bool, wait_s: float) -> Answer:
@@ -75,8 +77,6 @@ class ToLeader:
                 "nothing was written: the node that passed this on takes this one for the leader, and it follows: see "
                 "to the settings of both"
             )
-        if self._node.leader_leaves:
-            raise Draining("the leader is about to restart, nothing was written: try again in a moment")
         if forward_wait_s is not None and self._leader is not None:
             return await self._forward(request, target, self._leader, forward_wait_s)
         body = {"error": NotLeader.code, "message": message, "status": 307}

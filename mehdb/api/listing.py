@@ -1,5 +1,6 @@
 """Many keys at once, and what they were: GET /keys, POST /get and GET /history/KEY."""
 
+import asyncio
 from collections.abc import Iterable
 from typing import Final
 from urllib.parse import quote, urlencode
@@ -12,7 +13,7 @@ from mehdb.api.answers import JSON, NDJSON, Answer
 from mehdb.api.consistency import Reads
 from mehdb.api.data import refuse_if_empty
 from mehdb.api.requests import BodyBudget, Parameters, Target, boolean, decode_key, read_body, revision_number
-from mehdb.errors import BadBody, BatchTooLarge, KeyNotFound
+from mehdb.errors import AnswerTooLarge, BadBody, BatchTooLarge, KeyNotFound
 from mehdb.model import Change, checked_key
 from mehdb.settings import Settings, whole_number
 from mehdb.store import Folder, Query, Store, history, list_page
@@ -23,6 +24,7 @@ KEYS_AT_ONCE_MAX: Final = 1000
 KEYS_BYTES_MAX: Final = 8 << 20  # the longest keys, so many, with every character escaped
 TOO_LARGE: Final = f"a list of keys may have {KEYS_BYTES_MAX} bytes: ask for fewer at once"
 ANSWER_BYTES_MAX: Final = 16 << 20  # of values
+QUICK_BYTES: Final = 256 << 10  # of values: encoded on the event loop within a millisecond
 
 
 class ListingRoutes:
@@ -63,8 +65,19 @@ class ListingRoutes:
         refuse_if_empty(self._store)
         revision, changes = await self._store.several(keys, ANSWER_BYTES_MAX)
         now_ms, found = self._store.now_ms(), {change.key: change for change in changes}
-        entries = [lines.entry(found[key], now_ms) if key in found else lines.absent(key) for key in keys]
-        return Answer(lines.encode_lines(entries), NDJSON, headers=f'ETag: "{revision}"\r\n', revision=revision)
+        size_bytes = sum(len(found[key].value or b"") for key in keys if key in found)  # a key may be asked for twice
+        if size_bytes > ANSWER_BYTES_MAX:
+            raise AnswerTooLarge(
+                f"the values have {size_bytes} bytes, of {ANSWER_BYTES_MAX}: ask for fewer keys at once"
+            )
+
+        def encode() -> bytes:
+            return lines.encode_lines(
+                lines.entry(found[key], now_ms) if key in found else lines.absent(key) for key in keys
+            )
+
+        body = encode() if size_bytes <= QUICK_BYTES else await asyncio.to_thread(encode)
+        return Answer(body, NDJSON, headers=f'ETag: "{revision}"\r\n', revision=revision)
 
     async def history(self, request: web.BaseRequest, target: Target, rest: str) -> Answer:
         """Answer with the changes of a key that are retained, the newest first: one page, and a link to the next."""

@@ -6,6 +6,7 @@ its connection has been given.
 """
 
 import asyncio
+import logging
 from asyncio import Transport
 from time import monotonic
 from typing import Final, NamedTuple
@@ -24,6 +25,8 @@ from mehdb.errors import BadParameter, Compacted, Diverged, MehdbError, Stopping
 from mehdb.model import Change, Revision
 from mehdb.settings import WAIT_S_MAX
 from mehdb.store import Store
+
+log = logging.getLogger("mehdb.api")
 
 EVENT_STREAM: Final = "text/event-stream"
 HEARTBEAT_S: Final = 5.0  # of quiet: proxies and clients give up on a silent connection after 30 s or more
@@ -94,7 +97,8 @@ class WatchRoutes:
         found = await watch.poll(request, wait_s)
         body = b"".join(event.text(events=events) for event in found)
         link = next_link("/watch", {"prefix": prefix, "after": str(watch.position), "wait": f"{wait_s:g}"})
-        return Answer(body, EVENT_STREAM if events else NDJSON, headers=link, revision=watch.position)
+        shown = max((event.revision or 0 for event in found), default=0)  # never what a client has asked after
+        return Answer(body, EVENT_STREAM if events else NDJSON, headers=link, revision=shown)
 
 
 class Watch:
@@ -172,6 +176,11 @@ class WatchAnswer(StreamedAnswer):
                 await self._stream(request, transport)
             except MehdbError as reason:
                 self._end(transport, reason)
+            except ConnectionError:
+                raise  # the client has gone: nobody is left to tell
+            except Exception:  # an answer is under way: another one must not be put into it
+                log.exception("unexpected route=/watch method=GET")
+                self._end(transport, MehdbError("an unexpected error, see the node's log: watch again"))
 
     async def _stream(self, request: web.BaseRequest, transport: Transport) -> None:
         watch = self._watch

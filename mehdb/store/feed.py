@@ -3,7 +3,7 @@
 Invariant: a feed is a run of consecutive durable changes of one session, from `start` + 1 to `head`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from mehdb.model import Change, Revision
@@ -26,11 +26,13 @@ class Feed:
         """The newest revision that it has, or has begun after."""
         return Revision(self.start + len(self._changes))
 
-    def extend(self, changes: Iterable[Change]) -> None:
-        """Take in *changes*, which follow on `head`, and let go of old ones, some at a time."""
-        for change in changes:
-            self._changes.append(change)
-            self._bytes += _size_bytes(change)
+    def extend(self, changes: Sequence[Change], size_bytes: int = 0) -> None:
+        """Take in *changes*, which follow on `head`, and let go of old ones, some at a time.
+
+        *size_bytes* is about what they occupy, where that is known.
+        """
+        self._changes += changes
+        self._bytes += size_bytes or sum(map(_size_bytes, changes))
         if len(self._changes) > FEED_CHANGES or self._bytes > FEED_BYTES:
             self._halve()
 

@@ -48,8 +48,8 @@ class Query:
         """The least key that may be listed."""
         if not self.after:
             return self.prefix
-        inside = self.folder(self.after)
-        return max(self.prefix, inside + AFTER_UTF8 if inside else self.after + b"\0")
+        is_folder = self.folder(self.after) == self.after  # it has been listed, with all that is in it
+        return max(self.prefix, self.after + (AFTER_UTF8 if is_folder else b"\0"))
 
     @property
     def end(self) -> bytes:

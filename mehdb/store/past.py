@@ -37,7 +37,11 @@ def value_at(reader: Reader, key: bytes, revision: Revision) -> Change | None:
     live = reader.get(key, VALUE_BYTES_LIMIT)
     if live is not None and live.revision <= revision:
         return live
-    change = next(_changes(reader, key, Revision(revision + 1), meta.floor), None)
+    head = reader.meta().head  # not before that of a deletion which the look at what is live has seen
+    if live is None and next(_changes(reader, key, Revision(head + 1), revision), None) is None:
+        return None  # it is not there now, and has not changed since
+    # Also behind the floor. A sweep goes upwards: where it has left a superseded change, it has left all newer ones.
+    change = next(_changes(reader, key, Revision(revision + 1), ORIGIN), None)
     if change is not None:
         return change if change.value is not None else None
     floor = reader.meta().floor

@@ -148,11 +148,14 @@ class Writer:
         return outcome
 
     def _acknowledge(self, jobs: Sequence[_Job], outcomes: Sequence[Outcome | None], changes: Sequence[Change]) -> None:
-        self.feed.extend(changes)
+        size_bytes = 0
         for job, outcome in zip(jobs, outcomes, strict=True):
-            self.queue_bytes -= job.size_bytes
+            size_bytes += job.size_bytes
             if not job.done.done():  # cancelled: the client has gone, its write has not
                 job.done.set_result(outcome)
+        self.queue_bytes -= size_bytes
+        if changes:
+            self.feed.extend(changes, size_bytes)
         if self._failed and not self._failure.done():
             self._failure.set_result(self._failed)
         self._on_commit()

@@ -134,7 +134,9 @@ def test_a_batch_has_a_bound_on_its_number_and_its_size(leader: Node, connection
     most = [put(f"batch/many/{n}") for n in range(1000)]
     assert len(parsed(batch(connection, *most))) == 1000
     head = leader.position()
-    assert_refused(batch(connection, *most, put("one")), 413, "batch_too_large", "1001")
+    assert_refused(batch(connection, *most, put("one")), 413, "batch_too_large", "1000")
+    assert_refused(connection.ask("POST", "/batch", b"\n" * MIB + b"?"), 413, "batch_too_large")
+    assert_refused(connection.ask("POST", "/batch", lines(put("a")).strip() * 2000), 413, "batch_too_large")
     with Connection(leader) as another:
         assert_refused(another.ask("POST", "/batch", lines(put("a", "x" * (9 * MIB)))), 413, "batch_too_large")
     assert leader.position() == head
@@ -220,6 +222,8 @@ def test_more_than_one_answer_holds_is_refused(connection: Connection) -> None:
     keys = [f"several/huge/{number}" for number in range(3)]
     assert_refused(connection.ask("POST", "/get", json.dumps(keys).encode()), 413, "answer_too_large", "fewer")
     assert len(parsed(connection.ask("POST", "/get", json.dumps(keys[:2]).encode()))) == 2
+    often = json.dumps([keys[0]] * 3).encode()  # one value, three times in the answer
+    assert_refused(connection.ask("POST", "/get", often), 413, "answer_too_large", "fewer")
     for number in range(3):
         assert connection.ask("DELETE", f"/delete/several/huge/{number}").status == 200
 

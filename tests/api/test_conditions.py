@@ -66,6 +66,20 @@ def test_conditions_are_lists_and_tags_compare_as_rfc_9110_has_it(connection: Co
     assert put(connection, "list", b"yes", If_Match=f'"nine" , "{at}"', If_None_Match=f'"{at + 1}"').status == 200
 
 
+def test_a_comma_may_stand_in_a_tag_and_a_get_may_have_two_lines(connection: Connection) -> None:
+    at = put(connection, "comma", b"1").revision
+    assert put(connection, "comma", b"2", If_Match=f'"x,y", "{at}"').revision == at + 1
+    lines = f'If-None-Match: "7,8"\r\nIf-None-Match: "{at + 1}"'
+    connection.send(f"GET /get/conditions/comma HTTP/1.1\r\nHost: n\r\n{lines}\r\n\r\n".encode())
+    assert connection.reply().status == 304
+
+
+def test_a_batch_takes_no_condition_in_its_head(connection: Connection) -> None:
+    body = b'{"op":"set","key":"conditions/batch","value":""}'
+    assert connection.ask("POST", "/batch", body, {"If-Match": '"7"'}).error == "bad_parameter"
+    assert connection.ask("GET", "/get/conditions/batch").status == 404
+
+
 @pytest.mark.parametrize("header", ["If-Match", "If-None-Match"])
 @pytest.mark.parametrize("text", ["7", "'7'", '"7', '"7" "8"', "", ",", "**", ", ".join(['"7"'] * 70)])
 def test_a_condition_that_cannot_be_read_is_refused(connection: Connection, header: str, text: str) -> None:

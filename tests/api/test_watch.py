@@ -121,6 +121,14 @@ def test_a_long_poll_that_nothing_comes_for_is_empty_and_goes_on(node: Node, con
     assert f"after={last}&" in ask(node, "GET", f"/watch?prefix=no&after={last}&wait=0").headers["Link"]
 
 
+def test_what_a_client_asks_after_is_never_told_as_the_revision_of_the_node(node: Node) -> None:
+    far = 10**12
+    reply = ask(node, "GET", f"/watch?after={far}&wait=0")
+    assert f"after={far}&" in reply.headers["Link"]
+    for answer in (reply, ask(node, "GET", "/livez")):
+        assert int(answer.headers["Mehdb-Revision"]) < far
+
+
 def test_what_was_compacted_cannot_be_watched(cluster: Cluster) -> None:
     cluster.start(1, MEHDB_RETAIN_CHANGES="100")
     with Connection(cluster.leader) as connection:
