@@ -6,6 +6,7 @@ Exit codes: 0 ok; 1 failed, or not there; 2 a wrong flag or argument.
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -35,13 +36,22 @@ def _complete_key(context: typer.Context, incomplete: str) -> list[str]:
     from mehdb.client.http import Client, Request
     from mehdb.client.lines import decode_keys, query
 
-    try:
-        urls = _urls(context.params.get("url") or os.environ.get("MEHDB_URL") or URL)
-        with Client(urls, _token(context.params.get("token_file")), COMPLETION_TIMEOUT_S) as client:
-            answer = client.ask(Request("GET", query("/keys", {"prefix": incomplete, "limit": str(COMPLETIONS_MAX)})))
-        return decode_keys(answer.body) if answer.status == 200 else []
-    except (MehdbError, UnicodeError):
-        return []
+    found: list[str] = []
+
+    def look() -> None:
+        with contextlib.suppress(MehdbError, UnicodeError):
+            urls = _urls(context.params.get("url") or URL)
+            target = query("/keys", {"prefix": incomplete, "limit": str(COMPLETIONS_MAX)})
+            with Client(urls, _token(context.params.get("token_file")), COMPLETION_TIMEOUT_S) as client:
+                answer = client.ask(Request("GET", target))
+            if answer.status == 200:
+                found.extend(decode_keys(answer.body))
+
+    # In a thread that may be left behind: the client's limit holds for each wait, not for a name's resolution, say.
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(COMPLETION_TIMEOUT_S)
+    return list(found)
 
 
 Url = Annotated[
