@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from mehdb.client.http import Client, Request, key_in_url
+from mehdb.client.http import Client, Request, Twice, key_in_url
 from mehdb.client.lines import Entry, list_entries, list_keys, several
 from mehdb.client.paths import SELF, UNFINISHED, key_of, path_of
 from mehdb.errors import BadKey, PeerAnswerInvalid, Refused
@@ -129,7 +129,11 @@ def _files(folder: Path, carried: Carried) -> Iterator[Path]:
 
 @dataclass
 class _Import:
-    """Gathers small files into batches."""
+    """Gathers small files into batches.
+
+    A write whose answer is lost is made again: whoever writes one of these keys while the import is at work may come
+    before it or after it, and the second attempt is no more than a later one.
+    """
 
     client: Client
     carried: Carried
@@ -172,7 +176,7 @@ class _Import:
 
     def _write_batch(self, files: list[tuple[Source, bytes]]) -> None:
         lines = msgspec.json.Encoder().encode_lines([_line(source, value) for source, value in files])
-        answer = self.client.ask(Request("POST", "/batch", lines))
+        answer = self.client.ask(Request("POST", "/batch", lines, twice=Twice.SAME))
         if answer.status == 200:
             self.carried.written += len(files)
         elif answer.status in NOT_TAKEN:
@@ -191,7 +195,7 @@ class _Import:
 
     def _put(self, source: Source, value: bytes) -> None:
         headers = {"Content-Type": source.content_type} if source.content_type else {}
-        answer = self.client.ask(Request("PUT", f"/set/{key_in_url(source.key)}", value, headers))
+        answer = self.client.ask(Request("PUT", f"/set/{key_in_url(source.key)}", value, headers, Twice.SAME))
         if answer.status == 200:
             self.carried.written += 1
         elif answer.status in NOT_TAKEN:
