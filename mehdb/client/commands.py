@@ -6,13 +6,14 @@ Exit codes: 0 ok; 1 failed, or not there; 2 a wrong flag or argument.
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from mehdb.errors import KeyNotFound, OutcomeUnknown, PeerUnreachable, SettingsError
+from mehdb.errors import KeyNotFound, MehdbError, OutcomeUnknown, PeerUnreachable, SettingsError, StoreFailed
 from mehdb.model import VALUE_BYTES_LIMIT
 from mehdb.progress import progress_bar
 from mehdb.settings import base_url
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED: Final = 1
 URL: Final = "http://localhost:9876"
-TOKEN_BYTES_MAX: Final = 8192  # as long as a header may be
+TOKEN_BYTES_MAX: Final = 8000  # with its name, as long as a header may be
 COMPLETIONS_MAX: Final = 100  # more than that nobody reads
 COMPLETION_TIMEOUT_S: Final = 1.0  # somebody waits with a finger on the key
 
@@ -34,15 +35,23 @@ def _complete_key(context: typer.Context, incomplete: str) -> list[str]:
     """Return keys that begin with what has been typed. What goes wrong is no matter here: then there are none."""
     from mehdb.client.http import Client, Request
     from mehdb.client.lines import decode_keys, query
-    from mehdb.errors import MehdbError
 
-    try:
-        urls = _urls(context.params.get("url") or os.environ.get("MEHDB_URL") or URL)
-        with Client(urls, _token(context.params.get("token_file")), COMPLETION_TIMEOUT_S) as client:
-            answer = client.ask(Request("GET", query("/keys", {"prefix": incomplete, "limit": str(COMPLETIONS_MAX)})))
-        return decode_keys(answer.body) if answer.status == 200 else []
-    except (MehdbError, UnicodeError):
-        return []
+    found: list[str] = []
+
+    def look() -> None:
+        with contextlib.suppress(MehdbError, UnicodeError):
+            urls = _urls(context.params.get("url") or URL)
+            target = query("/keys", {"prefix": incomplete, "limit": str(COMPLETIONS_MAX)})
+            with Client(urls, _token(context.params.get("token_file")), COMPLETION_TIMEOUT_S) as client:
+                answer = client.ask(Request("GET", target))
+            if answer.status == 200:
+                found.extend(decode_keys(answer.body))
+
+    # In a thread that may be left behind: the client's limit holds for each wait, not for a name's resolution, say.
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(COMPLETION_TIMEOUT_S)
+    return list(found)
 
 
 Url = Annotated[
@@ -89,8 +98,7 @@ def get(
     if answer.status != 200:
         raise answer.refused()
     if output is None:
-        sys.stdout.buffer.write(answer.body)
-        sys.stdout.buffer.flush()
+        _print(answer.body)
     else:
         with _file("--output"):
             output.write_bytes(answer.body)
@@ -156,10 +164,10 @@ def keys(
         found = list_keys(client, _text(prefix, "PREFIX"), _text(delimiter, "--delimiter"))
         between = "["
         for key in found:
-            typer.echo(f"{between}{msgspec.json.encode(key).decode()}" if as_json else key, nl=not as_json)
+            _print(between.encode() + msgspec.json.encode(key) if as_json else f"{key}\n".encode())
             between = ",\n"
     if as_json:
-        typer.echo("[]" if between == "[" else "]")
+        _print(b"[]\n" if between == "[" else b"]\n")
 
 
 def watch(
@@ -174,8 +182,7 @@ def watch(
 
     with _client(url, token_file, timeout) as client:
         for line in Watch(client, _text(prefix, "PREFIX"), after).lines():
-            sys.stdout.buffer.write(line + b"\n")
-            sys.stdout.buffer.flush()
+            _print(line + b"\n")
 
 
 def import_(
@@ -214,11 +221,11 @@ def status(as_json: Json = False, url: Url = URL, token_file: TokenFile = None, 
     if as_json:
         import msgspec
 
-        typer.echo(msgspec.json.encode(found))
+        _print(msgspec.json.encode(found) + b"\n")
     else:
         from mehdb.client.table import table
 
-        typer.echo(table([COLUMNS, *(row.cells() for row in found.nodes)]))
+        _print(f"{table([COLUMNS, *(row.cells() for row in found.nodes)])}\n".encode())
     for row in found.nodes:
         if row.problem and not as_json:
             typer.echo(f"{row.name}: {row.problem}", err=row.asked)
@@ -279,9 +286,12 @@ def _token(path: Path | None) -> str | None:
     if path is None:
         return None
     with _file("--token-file"), path.open("rb") as file:
-        token = file.read(TOKEN_BYTES_MAX).strip()
-    if not token.isascii() or not token.decode().isprintable() or b" " in token or not token:
-        raise SettingsError([f"--token-file: {path} must hold one token, of ASCII without spaces"])
+        token = file.read(TOKEN_BYTES_MAX + 1).strip()
+    fits = 0 < len(token) <= TOKEN_BYTES_MAX
+    if not (fits and token.isascii() and token.decode().isprintable() and b" " not in token):
+        raise SettingsError(
+            [f"--token-file: {path} must hold one token, of at most {TOKEN_BYTES_MAX} characters of ASCII, no spaces"]
+        )
     return token.decode()
 
 
@@ -293,7 +303,7 @@ def _value(value: str | None, file: Path | None) -> bytes:
         return os.fsencode(str(value))  # as it was typed, whatever its encoding
     if file is None and value is None and sys.stdin.isatty():
         raise SettingsError(['the value is missing: give VALUE, --file, or "-" to type it'])
-    with _file("--file"):
+    with _file("standard input" if file is None else "--file"):
         data = sys.stdin.buffer.read(VALUE_BYTES_LIMIT + 1) if file is None else _read(file)
     if len(data) > VALUE_BYTES_LIMIT:
         raise SettingsError([f"no value has more than {VALUE_BYTES_LIMIT} bytes: split it"])
@@ -316,15 +326,33 @@ def _text(argument: str, name: str) -> str:
 
 @contextlib.contextmanager
 def _file(flag: str) -> Iterator[None]:
-    """Turn what a file may do into a wrong flag."""
+    """Turn what a file may do into a wrong flag, or, once it is open, into a failure."""
     try:
         yield
     except OSError as error:
+        if error.filename is None:
+            raise StoreFailed(f"{flag}: {error.strerror}") from error
         raise SettingsError([f"{flag}: {error.filename}: {error.strerror}"]) from error
+
+
+def _print(data: bytes) -> None:
+    """Write to standard output. Raises `StoreFailed`, and `BrokenPipeError` where the reader has gone."""
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is left in the buffer would fail once more when Python exits, in words of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise StoreFailed(f"standard output cannot be written: {error.strerror}") from error
 
 
 def _print_written(revision: int, note: str) -> None:
     if note:
         typer.echo(f"mehdb: {note}", err=True)
     if revision:
-        typer.echo(revision)
+        try:
+            _print(f"{revision}\n".encode())
+        except StoreFailed as error:
+            raise StoreFailed(f"it was written, at revision {revision}, but {error}") from error

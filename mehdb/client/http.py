@@ -9,6 +9,7 @@ import contextlib
 import random
 import re
 import ssl
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -41,13 +42,13 @@ class Twice(Enum):
 
 @dataclass(frozen=True)
 class Request:
-    """What to ask. *target* is path and query, encoded."""
+    """What to ask. *target* is path and query, encoded. *twice* matters where it writes."""
 
     method: str
     target: str
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
-    twice: Twice = Twice.SAME
+    twice: Twice = Twice.HARM
 
     @property
     def writes(self) -> bool:
@@ -112,7 +113,7 @@ class _Lost(Exception):
 class Client:
     """Asks the nodes at *urls*, the one that answered last before the others. Each request may take *timeout_s*.
 
-    *token* goes with each request, also where a node redirects it to, and nowhere else.
+    *token* goes with each request, also where a node redirects it to, and nowhere else. Threads may share it.
     """
 
     def __init__(self, urls: tuple[str, ...], token: str | None = None, timeout_s: float = 10.0) -> None:
@@ -122,6 +123,7 @@ class Client:
         self._clients: dict[str, httpx.Client] = {}
         self._first = 0
         self._stack = contextlib.ExitStack()
+        self._making = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -181,10 +183,10 @@ class Client:
 
     def _in_turn(self) -> Iterator[str]:
         """Yield each URL once. One that fails is not the first the next time."""
-        count = len(self.urls)
-        for _ in range(count):
-            yield self.urls[self._first]
-            self._first = (self._first + 1) % count  # not reached where the caller has its answer
+        first, count = self._first, len(self.urls)
+        for turn in range(first, first + count):
+            yield self.urls[turn % count]
+            self._first = (turn + 1) % count  # not reached where the caller has its answer
 
     def _give_up(self, failures: list[str], *, lost: bool) -> NoReturn:
         why = "; ".join(failures)
@@ -255,10 +257,11 @@ class Client:
 
     def _client(self, scheme: str) -> httpx.Client:
         """Return one client for each scheme: reading the authorities' certificates takes longer than a request."""
-        if scheme not in self._clients:
-            tls = httpx.create_ssl_context() if scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            self._clients[scheme] = self._stack.enter_context(httpx.Client(verify=tls, trust_env=False))
-        return self._clients[scheme]
+        with self._making:
+            if scheme not in self._clients:
+                tls = httpx.create_ssl_context() if scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                self._clients[scheme] = self._stack.enter_context(httpx.Client(verify=tls, trust_env=False))
+            return self._clients[scheme]
 
 
 class Stream:

@@ -10,24 +10,29 @@ import fcntl
 import mimetypes
 import os
 import stat
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple
+from types import TracebackType
+from typing import Final, NamedTuple, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from mehdb.client.http import Client, Request, key_in_url
+from mehdb.client.http import Answer, Client, Request, Twice, key_in_url
 from mehdb.client.lines import Entry, list_entries, list_keys, several
 from mehdb.client.paths import SELF, UNFINISHED, key_of, path_of
-from mehdb.errors import BadKey, PeerAnswerInvalid, Refused
+from mehdb.errors import BadKey, MehdbError, PeerAnswerInvalid, Refused
 from mehdb.model import VALUE_BYTES_LIMIT, checked_key
 from mehdb.progress import OnStep
 
 BATCH_OPERATIONS_MAX: Final = 1000  # the most that a node takes at once
 BATCH_BYTES: Final = 1 << 20  # of values: a batch of 8 MiB holds them, even with every byte written as six
 SMALL_BYTES: Final = 64 << 10  # a larger value gains nothing from company
+AT_ONCE_MAX: Final = 4  # large values under way: they hide each other's way to the node, and are held in memory
 STALENESS_S_MAX: Final = 5  # of what a node takes for the state of a key: what has changed since would not be undone
 NOT_TAKEN: Final = (400, 413)  # something about one of many: which, only each by itself tells
 
@@ -75,11 +80,11 @@ def import_tree(client: Client, folder: Path, prefix: str, carried: Carried, on_
     if not folder.is_dir():
         raise Refused(f"{folder} is no folder: name the one whose files are to be imported")
     sources = list(_sources(folder, prefix, carried))
-    importer = _Import(client, carried)
-    for number, source in enumerate(sources, 1):
-        importer.add(source)
-        on_step("import", number, len(sources))
-    importer.flush()
+    with _Import(client, carried) as importer:
+        for number, source in enumerate(sources, 1):
+            importer.add(source)
+            on_step("import", number, len(sources))
+        importer.finish()
 
 
 def _sources(folder: Path, prefix: str, carried: Carried) -> Iterator[Source]:
@@ -129,12 +134,29 @@ def _files(folder: Path, carried: Carried) -> Iterator[Path]:
 
 @dataclass
 class _Import:
-    """Gathers small files into batches."""
+    """Gathers small files into batches, and has a few large ones under way at once.
+
+    A write whose answer is lost is made again: whoever writes one of these keys while the import is at work may come
+    before it or after it, and the second attempt is no more than a later one.
+    """
 
     client: Client
     carried: Carried
     small: list[tuple[Source, bytes]] = field(default_factory=list)
     small_bytes: int = 0
+    large: deque[tuple[Source, "Future[Answer | None]"]] = field(default_factory=deque)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return  # Ctrl-C: nobody waits for answers any more
+        for source, sent in self.large:  # under way when something else failed: that is what is told
+            with contextlib.suppress(MehdbError):
+                self._count(source, sent.result())
 
     def add(self, source: Source) -> None:
         """Import one file, now or with others."""
@@ -147,15 +169,39 @@ class _Import:
         if len(value) > VALUE_BYTES_LIMIT:
             self.carried.fail(_shown(source.path), f"no value has more than {VALUE_BYTES_LIMIT} bytes")
         elif len(value) > SMALL_BYTES:
-            self._import_alone(source, value)
+            if len(self.large) == AT_ONCE_MAX:
+                self._wait_for_one()
+            self.large.append((source, self._sent(source, value)))
         else:
             self.small.append((source, value))
             self.small_bytes += len(value) + len(source.key.encode())
             if len(self.small) == BATCH_OPERATIONS_MAX or self.small_bytes >= BATCH_BYTES:
-                self.flush()
+                self._import_gathered()
 
-    def flush(self) -> None:
-        """Import what has been gathered."""
+    def finish(self) -> None:
+        """Import what has been gathered, and wait for what is under way."""
+        self._import_gathered()
+        while self.large:
+            self._wait_for_one()
+
+    def _sent(self, source: Source, value: bytes) -> "Future[Answer | None]":
+        """Have one file imported in a thread of its own, which dies with the process: an executor's do not."""
+        outcome: Future[Answer | None] = Future()
+
+        def work() -> None:
+            try:
+                outcome.set_result(self._import_alone(source, value))
+            except BaseException as error:  # noqa: BLE001  whatever it is, whoever takes the outcome is to have it
+                outcome.set_exception(error)
+
+        threading.Thread(target=work, name="import", daemon=True).start()
+        return outcome
+
+    def _wait_for_one(self) -> None:
+        source, sent = self.large.popleft()
+        self._count(source, sent.result())
+
+    def _import_gathered(self) -> None:
         small, self.small, self.small_bytes = self.small, [], 0
         if not small:
             return
@@ -172,27 +218,32 @@ class _Import:
 
     def _write_batch(self, files: list[tuple[Source, bytes]]) -> None:
         lines = msgspec.json.Encoder().encode_lines([_line(source, value) for source, value in files])
-        answer = self.client.ask(Request("POST", "/batch", lines))
+        answer = self.client.ask(Request("POST", "/batch", lines, twice=Twice.SAME))
         if answer.status == 200:
             self.carried.written += len(files)
         elif answer.status in NOT_TAKEN:
             for source, value in files:
-                self._put(source, value)
+                self._count(source, self._put(source, value))
         else:
             raise answer.refused()
 
-    def _import_alone(self, source: Source, value: bytes) -> None:
+    def _import_alone(self, source: Source, value: bytes) -> Answer | None:
+        """Write *value* unless it is there; return the answer to the write. In a thread: it counts nothing."""
         found = self.client.ask(Request("GET", f"/get/{key_in_url(source.key)}?max_staleness={STALENESS_S_MAX}"))
         kept = found.headers.get("Content-Type") == (source.content_type or "application/octet-stream")
         if found.status == 200 and found.body == value and kept and "Mehdb-TTL" not in found.headers:
-            self.carried.equal += 1
-        else:
-            self._put(source, value)
+            return None
+        return self._put(source, value)
 
-    def _put(self, source: Source, value: bytes) -> None:
+    def _put(self, source: Source, value: bytes) -> Answer:
         headers = {"Content-Type": source.content_type} if source.content_type else {}
-        answer = self.client.ask(Request("PUT", f"/set/{key_in_url(source.key)}", value, headers))
-        if answer.status == 200:
+        return self.client.ask(Request("PUT", f"/set/{key_in_url(source.key)}", value, headers, Twice.SAME))
+
+    def _count(self, source: Source, answer: Answer | None) -> None:
+        """Take note of what has become of a file: *answer* is None where it was there and equal."""
+        if answer is None:
+            self.carried.equal += 1
+        elif answer.status == 200:
             self.carried.written += 1
         elif answer.status in NOT_TAKEN:
             self.carried.fail(_shown(source.path), answer.refused())

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from client_command import arguments, environment, mehdb
 from client_keys import KEYS
-from cluster import ADDRESS, Cluster, Node, free_port
+from cluster import ADDRESS, DEADLINE_S, Cluster, Node, free_port
 from mehdb.client.http import Client, Request, key_in_url
 from mehdb.client.lines import list_keys
 from mehdb.client.writes import Conditions, delete_key, set_key
@@ -140,6 +140,43 @@ def test_a_server_that_is_no_node_is_not_believed() -> None:
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.mark.parametrize("command", [["get", "full"], ["keys"], ["status"]])
+def test_output_that_cannot_be_written_is_told_in_one_line(leader: Node, command: list[str]) -> None:
+    leader.put("full", b"v")
+    assert onto_full(leader, *command) == "mehdb: standard output cannot be written: No space left on device\n"
+
+
+def test_a_write_whose_revision_cannot_be_printed_is_told_as_one(leader: Node) -> None:
+    said = onto_full(leader, "set", "full/written", "v")
+    revision = leader.get("/get/full/written").headers["ETag"].strip('"')
+    assert said.startswith(f"mehdb: it was written, at revision {revision}, but standard output")
+
+
+def onto_full(node: Node, *command: str) -> str:
+    """Return what a command says whose output goes where there is no room. Python buffers it, as it usually does."""
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            arguments(*command), env=environment(node, PYTHONUNBUFFERED=""), stdout=full, stderr=subprocess.PIPE,
+            timeout=DEADLINE_S, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    return done.stderr.decode()
+
+
+def test_a_file_without_room_is_a_failure_and_no_wrong_flag(leader: Node) -> None:
+    leader.put("full", b"v")
+    assert mehdb(leader, "get", "full", "-o", "/dev/full").failed() == "mehdb: --output: No space left on device\n"
+
+
+def test_a_token_that_no_header_holds_is_not_cut_short(leader: Node, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("t" * 8000)
+    leader.put("token", b"v")
+    assert mehdb(leader, "get", "token", "--token-file", token).out == b"v"
+    token.write_text("t" * 8001)
+    assert "at most 8000" in mehdb(leader, "get", "token", "--token-file", token).failed(code=2)
 
 
 def test_a_reader_that_has_gone_is_no_error(leader: Node) -> None:

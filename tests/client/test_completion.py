@@ -1,7 +1,10 @@
 """Completion in shells: the scripts, the names of commands, and keys, which a node knows."""
 
+import contextlib
 import functools
+import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 
 from client_command import arguments, environment
 from cluster import ADDRESS, DEADLINE_S, Node, free_port
+from scripted import answer, scripted
 
 NOBODY = "http://127.0.0.1:1"
 MEHDB = Path(arguments()[0]).with_name("mehdb")
@@ -20,12 +24,11 @@ def shown(shell: str) -> str:
     return run(MEHDB, environment=environment(NOBODY, _MEHDB_COMPLETE=f"source_{shell}"))
 
 
-def completed(where: Node | str, *words: str) -> list[str]:
+def completed(where: Node | str | dict[str, str], *words: str) -> list[str]:
     """Return what bash offers for the last of *words* when the script is loaded, as Tab would have it."""
     script = 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _mehdb_completion "$1"; printf "%s\\n" "${COMPREPLY[@]}"'
-    return run(
-        "bash", "-c", f"{shown('bash')}\n{script}", "bash", MEHDB, *words, environment=environment(where)
-    ).split()
+    variables = where if isinstance(where, dict) else environment(where)
+    return run("bash", "-c", f"{shown('bash')}\n{script}", "bash", MEHDB, *words, environment=variables).split()
 
 
 def run(*command: str | Path, environment: dict[str, str]) -> str:
@@ -67,3 +70,31 @@ def test_a_node_that_does_not_answer_costs_a_moment_and_no_word() -> None:
     began_s = time.monotonic()
     assert completed(f"http://{ADDRESS}:{free_port()}", "get", "a") == []
     assert time.monotonic() - began_s < 10
+
+
+def test_a_node_whose_answer_never_ends_costs_a_moment_as_well() -> None:
+    """Each byte of it comes in time."""
+    over = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        with listener.accept()[0] as connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nMehdb-Node: ")
+            while not over.wait(0.1):
+                connection.sendall(b"m")
+
+    with socket.create_server((ADDRESS, 0)) as listener:
+        dripping = threading.Thread(target=drip, args=(listener,))
+        dripping.start()
+        try:
+            assert completed(f"http://{ADDRESS}:{listener.getsockname()[1]}", "get", "a") == []
+        finally:
+            over.set()
+            dripping.join(DEADLINE_S)
+
+
+def test_a_node_is_asked_with_the_token(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("s3cret")
+    with scripted(answer(200, b'["found"]')) as server:
+        script = environment(server.url, MEHDB_TOKEN_FILE=str(tmp_path / "token"))
+        assert completed(script, "get", "f") == ["found"]
+        assert b"\r\nAuthorization: Bearer s3cret\r\n" in server.requests[0]

@@ -54,6 +54,13 @@ def test_a_write_that_may_have_been_made_is_not_made_again(lost: bytes, conditio
         assert len(server.requests) == 1
 
 
+def test_a_write_is_not_made_again_unless_its_sender_says_so() -> None:
+    with scripted(CLOSE, DONE) as server, Client((server.url,)) as client:
+        with pytest.raises(OutcomeUnknown):
+            client.ask(Request("POST", "/batch", b"{}"))
+        assert len(server.requests) == 1
+
+
 def test_an_unknown_outcome_is_told_as_one_and_is_no_success() -> None:
     with scripted(CLOSE) as server:
         assert "whether anything was written is unknown" in mehdb(server.url, "set", "k", "v").failed()
