@@ -1,7 +1,7 @@
 """Measure mehdb against its targets: `make bench`, or `python bench/run.py [--quick] [--keys N] [--only NAME…]`.
 
 Starts real nodes and bare reference servers on loopback, loads them with wrk, prints a table and writes
-`bench/results.json`. Takes three to four minutes, with --quick less than one. One core serves, another one loads.
+`bench/results.json`. Takes six minutes, twelve on a busy machine, with --quick two. One core serves, another one loads.
 
 Exit status: 0 if every target is met, 1 if one is missed or could not be measured, 2 if nothing can be measured here.
 """
