@@ -262,7 +262,8 @@ async def test_half_an_answer_is_none(cluster: Cluster, tmp_path: Path) -> None:
                 assert told == "504 0", case
                 assert b'"outcome_unknown"' in body
             else:
-                assert told in ("200 18", "200 56"), f"{case}: curl must see that the end is missing"
+                # A connection that is reset may take with it what curl has not read yet, the status too.
+                assert told in ("200 18", "200 56", "000 56"), f"{case}: {told}: curl must see that the end is missing"
                 assert value.startswith(body)
         await asyncio.to_thread(node.stop)
 
