@@ -177,6 +177,7 @@ def test_a_follower_that_holds_nothing_answers_as_described(cluster: Cluster) ->
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_twenty_thousand_answers_are_as_described(cluster: Cluster) -> None:
+    """Takes 180 s of CPU, the nodes' included, of which two processes share nearly all."""
     cluster.start(2, MEHDB_RETAIN_CHANGES="100")
     urls = [node.url for node in cluster.nodes]
     made_up = sum(map(is_made_up, OPERATIONS.values()))
