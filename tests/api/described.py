@@ -96,6 +96,11 @@ def _from_lines(_context: schemathesis.DeserializationContext, answer: Any) -> A
     return [json.loads(line) for line in answer.content.splitlines()]
 
 
+@schemathesis.deserializer("text/plain")
+def _from_text(_context: schemathesis.DeserializationContext, answer: Any) -> Any:
+    return answer.content.decode()
+
+
 def exercised(urls: list[str], label: str, number: int) -> Counter[int]:
     """Return the statuses of *number* requests of one operation. To be called in a process of its own, too."""
     exercise = Exercise(urls)
@@ -163,7 +168,10 @@ class Exercise:
 
     def answer(self, case: Case, url: str) -> requests.Response:
         """Have the node at *url* answer *case* as described."""
-        answer = case.call(base_url=url, session=self.session, allow_redirects=False, timeout=DEADLINE_S)
+        accept = {"Accept": (case.headers or {}).get("Accept", ACCEPTED[0])}  # the session's beats that of the case
+        answer = case.call(
+            base_url=url, session=self.session, headers=accept, allow_redirects=False, timeout=DEADLINE_S
+        )
         self.answered[answer.status_code] += 1
         case.validate_response(answer, checks=CHECKS)
         return answer
