@@ -98,7 +98,8 @@ class ListingRoutes:
             cursor = {"before": oldest, "limit": str(limit), "values": "true" if values else ""}
             headers += next_link(f"/history/{quote(key)}", cursor)
         events = [lines.event(change, values=values) for change in past.changes]
-        return Answer(lines.encode_lines(events), NDJSON, headers=headers)
+        newest = past.changes[0].revision if past.changes else 0
+        return Answer(lines.encode_lines(events), NDJSON, headers=headers, revision=newest)
 
 
 def _body(items: Iterable[bytes | Change | Folder], now_ms: int, *, values: bool) -> bytes:

@@ -96,7 +96,8 @@ class WatchRoutes:
             return WatchAnswer(watch, events=events)
         found = await watch.poll(request, wait_s)
         body = b"".join(event.text(events=events) for event in found)
-        link = next_link("/watch", {"prefix": prefix, "after": str(watch.position), "wait": f"{wait_s:g}"})
+        cursor = {"prefix": prefix, "after": str(watch.position), "wait": f"{wait_s:g}", "history": str(meta.history)}
+        link = next_link("/watch", cursor)
         shown = max((event.revision or 0 for event in found), default=0)  # never what a client has asked after
         return Answer(body, EVENT_STREAM if events else NDJSON, headers=link, revision=shown)
 

@@ -105,7 +105,8 @@ def test_a_long_poll_answers_with_what_comes_first(node: Node, connection: Conne
         if len(lines(reply)) == 1:  # a follower may have had the first of them only
             reply = poller.ask("GET", f"/watch?prefix=watch/poll/&after={first}&wait=20")
         assert lines(reply)[-1]["revision"] == second
-        assert reply.headers["Link"] == f'</watch?prefix=watch%2Fpoll%2F&after={second}&wait=20>; rel="next"'
+        onward = f"/watch?prefix=watch%2Fpoll%2F&after={second}&wait=20&history={reply.headers['Mehdb-History']}"
+        assert reply.headers["Link"] == f'<{onward}>; rel="next"'
         poller.send(f"GET /watch?prefix=watch/poll/&after={second}&wait=20 HTTP/1.1\r\nHost: n\r\n\r\n".encode())
         third = put(connection, "watch/poll/3")
         assert [line["revision"] for line in lines(poller.reply())] == [third]
