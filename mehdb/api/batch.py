@@ -57,6 +57,7 @@ class Outcome(msgspec.Struct, gc=False):
 
 Operation = Set | Delete | CheckLine
 NAMES: Final[dict[type[Operation], str]] = {Set: "set", Delete: "delete", CheckLine: "check"}
+UNREADABLE: Final = (msgspec.DecodeError, UnicodeError, RecursionError)  # the last: arrays in arrays in arrays …
 _decoder = msgspec.json.Decoder(Operation)
 
 
@@ -134,7 +135,7 @@ def _operations(body: bytes) -> list[Operation]:
         raise BatchTooLarge(f"more than {OPERATIONS_MAX} lines or operations: split them; nothing was written")
     try:
         operations = _decoder.decode_lines(body)
-    except (msgspec.DecodeError, UnicodeError) as error:
+    except UNREADABLE as error:
         raise BadBody(
             f'the body must be lines such as {{"op":"set","key":"a","value":"b"}}, {{"op":"delete","key":"a"}} or '
             f'{{"op":"check","key":"a","revision":7}}: nothing was written ({_located(body, error)})'
@@ -150,7 +151,7 @@ def _located(body: bytes, error: Exception) -> str:
     for number, line in enumerate(filter(bytes.strip, body.splitlines()), 1):
         try:
             _decoder.decode(line)
-        except (msgspec.DecodeError, UnicodeError) as first:
+        except UNREADABLE as first:
             return f"operation {number}: {first}"
     return str(error)
 

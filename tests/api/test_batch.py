@@ -107,6 +107,7 @@ BAD_LINES = [
     (lines({"op": "check", "key": "a", "revision": -1}), "revision"),
     (lines({"op": "check", "key": "a", "revision": 1 << 63}), "revision"),
     (b'{"op":"set","key":"a","value":"\xff"}\n', "operation 1"),
+    (b'{"op":"delete","key":"a"}\n{"key":' + b"[" * 100_000, "operation 2"),
 ]
 
 
