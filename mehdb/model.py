@@ -171,6 +171,8 @@ _status_decoder = msgspec.json.Decoder(NodeStatus)
 _position_decoder = msgspec.json.Decoder(NodePosition)
 _drain_decoder = msgspec.json.Decoder(DrainReport)
 _page_encoder = msgspec.msgpack.Encoder()
+# The last is what comes of arrays in arrays in arrays …, also in a field that is passed over.
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def encode_page(page: Page) -> bytes:
@@ -184,7 +186,7 @@ def decode_page(data: bytes) -> Page:
         page = _page_decoder.decode(data)
         for change in page.changes:
             checked_key(change.key)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, BadKey) as error:
+    except (*_UNREADABLE, BadKey) as error:
         raise PeerAnswerInvalid(f"not a page: {error}") from error
     return page
 
@@ -193,7 +195,7 @@ def decode_status(data: bytes) -> NodeStatus:
     """Return the status in *data*, JSON. Raises `PeerAnswerInvalid` for anything else."""
     try:
         return _status_decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise PeerAnswerInvalid(f"not a node's status: {error}") from error
 
 
@@ -201,7 +203,7 @@ def decode_position(data: bytes) -> NodePosition:
     """Return the node's position in *data*, JSON. Raises `PeerAnswerInvalid` for anything that is none."""
     try:
         position = _position_decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise PeerAnswerInvalid(f"not a node's position: {error}") from error
     if position.history is not None and not is_history(position.history):
         raise PeerAnswerInvalid(f"not a history: {position.history[:100]!r}")
@@ -214,7 +216,7 @@ def decode_drain_report(data: bytes) -> DrainReport:
     """Return the drain report in *data*, JSON. Raises `PeerAnswerInvalid` for anything else."""
     try:
         return _drain_decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise PeerAnswerInvalid(f"not a drain report: {error}") from error
 
 
@@ -226,7 +228,7 @@ def error_message(body: bytes) -> str:
     """Return the `message` of an error's JSON, or *body* as text if it is none of ours."""
     try:
         return msgspec.json.decode(body, type=_ErrorBody).message
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _UNREADABLE:
         return body.decode(errors="replace")
 
 

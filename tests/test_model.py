@@ -1,5 +1,7 @@
 """Keys, positions and pages, and the wire form of pages."""
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -18,8 +20,12 @@ from mehdb.model import (
     Position,
     Revision,
     checked_key,
+    decode_drain_report,
     decode_page,
+    decode_position,
+    decode_status,
     encode_page,
+    error_message,
 )
 
 INT64_MAX = 2**63 - 1
@@ -195,6 +201,15 @@ def test_an_answer_nested_without_end_is_refused() -> None:
     deep = b"\x96" + GOLDEN_BYTES[1:] + b"\x91" * 100_000
     with pytest.raises(PeerAnswerInvalid):
         decode_page(deep)
+
+
+@pytest.mark.parametrize("decode", [decode_position, decode_status, decode_drain_report])
+def test_json_nested_without_end_is_refused(decode: Callable[[bytes], object]) -> None:
+    """Also in a field that only newer nodes have: it is passed over, but walked through."""
+    deep = b'{"new": ' + b"[" * 100_000
+    with pytest.raises(PeerAnswerInvalid):
+        decode(deep)
+    assert error_message(deep) == deep.decode()
 
 
 def test_a_page_that_claims_more_changes_than_memory_holds_is_refused() -> None:
