@@ -1,19 +1,35 @@
 """docs/openapi.yaml is the one description of the API: it is whole, and a leader and a follower do as it says."""
 
+import copy
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import reduce
 from itertools import repeat
 from math import ceil
 from multiprocessing import get_context
+from operator import getitem
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
+from schemathesis import APIOperation
+from schemathesis.core.failures import FailureGroup
 
 from cluster import Cluster
-from described import DESCRIPTION, OPERATIONS, SCHEMA, Exercise, described_operations, exercised, is_made_up, resolved
+from described import (
+    DESCRIPTION,
+    OPERATIONS,
+    SCHEMA,
+    Exercise,
+    as_tested,
+    described_operations,
+    exercised,
+    is_made_up,
+    operations_of,
+    resolved,
+)
 from mehdb import errors
 from mehdb.errors import MehdbError
 from wire import ask
@@ -136,9 +152,11 @@ SELDOM: list[tuple[int, str, dict[str, Any], int, str]] = [
 ]  # fmt: skip
 
 
-def ask_as_described(cluster: Cluster, node: int, label: str, request: dict[str, Any]) -> tuple[int, str]:
+def ask_as_described(
+    cluster: Cluster, node: int, label: str, request: dict[str, Any], of: Mapping[str, APIOperation] = OPERATIONS
+) -> tuple[int, str]:
     """Return the status of an answer that is as described, and its code if it is an error, or else its media type."""
-    operation = OPERATIONS[label]
+    operation = of[label]
     key = {"path_parameters": {"key": "described/k"}} if "{key}" in operation.path else {}
     media_type = next((one.media_type for one in operation.body), None) if "body" in request else None
     case = operation.Case(**key, **request, media_type=media_type)
@@ -153,6 +171,50 @@ def test_answers_that_are_seldom_given_are_as_described(pair: Cluster) -> None:
     held = pair.leader.position()
     place = {"history": held["history"], "after": held["revision"], "chain": held["chain"]}
     assert ask_as_described(pair, LEADER, "GET /replicate", {"query": place}) == (204, "")
+
+
+FORGOTTEN = {
+    "a status": (["paths", "/get/{key}", "get", "responses", "404"], "GET /get/{key}", {"query": {"revision": 0}}),
+    "a media type": (
+        ["components", "responses", "Watch", "content", "text/event-stream"],
+        "GET /watch", {"query": {"wait": 0}, "headers": {"Accept": "text/event-stream"}},
+    ),
+    "a header": (["components", "responses", "Written", "headers", "ETag"], "PUT /set/{key}", {"body": b"v"}),
+    "a code": (
+        ["components", "responses", "BadRequest", "content", "application/json", "schema", "allOf", 1, "properties",
+         "error", "enum", 0],
+        "GET /keys", {"query": {"limit": 0}},
+    ),
+    "a field of an error": (
+        ["components", "responses", "PreconditionFailed", "content", "application/json", "schema", "allOf", 1,
+         "properties", "revision"],
+        "PUT /set/{key}", {"body": b"v", "headers": {"If-Match": '"0"'}},
+    ),
+    "a field of a status": (
+        ["components", "schemas", "NodeStatus", "properties", "version"],
+        "GET /status", {"headers": {"Accept": "application/json"}},
+    ),
+    "a field of a line": (
+        ["components", "schemas", "SetLine", "properties", "value"], "GET /watch", {"query": {"after": 0, "wait": 0}}
+    ),
+    "a field of an event": (
+        ["components", "schemas", "Event", "properties", "id"],
+        "GET /watch", {"query": {"after": 0, "wait": 0}, "headers": {"Accept": "text/event-stream"}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "label", "request_"), FORGOTTEN.values(), ids=FORGOTTEN)
+def test_what_is_missing_in_the_description_is_noticed(
+    pair: Cluster, place: list[Any], label: str, request_: dict[str, Any]
+) -> None:
+    ask(pair.leader, "PUT", "/set/described/other", b"v")
+    ask_as_described(pair, LEADER, label, request_)
+    lacking = copy.deepcopy(DESCRIPTION)
+    *way, last = place
+    del reduce(getitem, way, lacking)[last]
+    with pytest.raises((AssertionError, FailureGroup)):
+        ask_as_described(pair, LEADER, label, request_, operations_of(as_tested(lacking)))
 
 
 def test_a_follower_that_holds_nothing_answers_as_described(cluster: Cluster) -> None:
@@ -172,6 +234,8 @@ def test_a_follower_that_holds_nothing_answers_as_described(cluster: Cluster) ->
         assert ask_as_described(cluster, FOLLOWER, label, request) == (status, code), (label, request)
     unready = Exercise([]).answer(OPERATIONS["GET /readyz"].Case(), cluster.followers[0].url)
     assert unready.status_code == 503
+    with pytest.raises(AssertionError, match="not_synced"):  # of all that is described, what no healthy node answers
+        Exercise([]).ask(OPERATIONS["GET /keys"].Case(), cluster.followers[0].url)
 
 
 @pytest.mark.soak
