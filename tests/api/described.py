@@ -170,6 +170,7 @@ class Exercise:
             if case.path in ("/status", "/watch"):
                 case.headers["Accept"] = ACCEPTED[number % len(ACCEPTED)]
             _shorten(case)
+            _have_types(case)
             self._ask_all(case, mode)
             if has_likely(operation):
                 if number % LEARN_EVERY == 0:
@@ -241,6 +242,14 @@ def has_likely(operation: APIOperation) -> bool:
     """Return whether requests of *operation* name keys or revisions: few that are made up are there."""
     names = {parameter.name for parameter in operation.query}
     return bool(operation.path_parameters or operation.body or names.intersection(REVISIONS))
+
+
+def _have_types(case: Case) -> None:
+    """Have what a batch writes be of a type with a subtype: any other text is kept as well, but would be none later."""
+    for line in case.body if isinstance(case.body, list) else ():
+        content_type = line.get("content_type") if isinstance(line, dict) else None
+        if isinstance(content_type, str) and content_type.strip() and "/" not in content_type:
+            line["content_type"] = f"x/{content_type}"[:255]
 
 
 def _shorten(case: Case) -> None:

@@ -30,7 +30,7 @@ from described import (
     operations_of,
     resolved,
 )
-from mehdb import errors
+from mehdb import __version__, errors
 from mehdb.errors import MehdbError
 from wire import ask
 
@@ -66,7 +66,7 @@ def answered_kinds() -> set[type[MehdbError]]:
 
 def test_the_description_is_valid() -> None:
     SCHEMA.validate()
-    assert DESCRIPTION["openapi"] == "3.1.0"
+    assert (DESCRIPTION["openapi"], DESCRIPTION["info"]["version"]) == ("3.1.0", __version__)
     names = [operation["operationId"] for _, _, operation in described_operations()]
     assert len(set(names)) == len(names)
     for node in nodes_of(DESCRIPTION):
@@ -253,7 +253,7 @@ def test_twenty_thousand_answers_are_as_described(cluster: Cluster) -> None:
     statuses = sum(answered.values(), Counter())
     assert min(counts.total() for counts in answered.values()) >= len(urls)
     assert statuses.total() >= THOROUGH
-    assert set(statuses) == {200, 304, 307, 400, 404, 409, 410, 412, 503, 504}
+    assert set(statuses) >= {200, 204, 304, 307, 400, 404, 409, 410, 412, 503, 504}, "some are never made up"
     print(
         f"OpenAPI: {statuses.total():,} requests of {len(answered)} operations, half to a leader, half to a follower; "
         f"statuses {sorted(statuses)}: 0 errors, 0 undocumented"
