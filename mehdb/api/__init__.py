@@ -3,7 +3,8 @@
     server.py     `ApiServer`: takes connections, bounds them; what cannot be parsed is answered too
     app.py        `Api`: finds the route, turns errors into answers, adds the headers that every answer bears
     answers.py    `Answer`: a whole answer and its wire form
-    requests.py   what a request says: its target, key, parameters and body
+    requests.py   what a request says: its target, key and parameters
+    bodies.py     its body, within bounds
     data.py       /set/, /get/, /delete/: one key
     batch.py      /batch: many writes, all or nothing
     listing.py    /keys, POST /get, /history/

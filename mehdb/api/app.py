@@ -16,13 +16,14 @@ from mehdb import __version__
 from mehdb.api.acks import Acks
 from mehdb.api.answers import JOIN_BYTES_MAX, Answer, Sending, StreamedAnswer, error_answer
 from mehdb.api.batch import BatchRoutes
+from mehdb.api.bodies import Bodies
 from mehdb.api.consistency import AS_OF, Reads
 from mehdb.api.data import DataRoutes
 from mehdb.api.forward import ToLeader
 from mehdb.api.listing import ListingRoutes
 from mehdb.api.node import NodeView
 from mehdb.api.replicate import Followers, ReplicationRoutes
-from mehdb.api.requests import BodyBudget, Target, target
+from mehdb.api.requests import Target, target
 from mehdb.api.snapshot import SnapshotRoutes
 from mehdb.api.status import StatusRoutes
 from mehdb.api.watch import WatchRoutes
@@ -46,12 +47,12 @@ class Api:
     def __init__(
         self, node: NodeView, store: Store, settings: Settings, followers: Followers, metrics: Metrics
     ) -> None:
-        arriving = BodyBudget(settings.queue_size)
-        self._to_leader = to_leader = ToLeader(node, settings, arriving)
+        bodies = Bodies(settings)
+        self._to_leader = to_leader = ToLeader(node, settings, bodies)
         reads, acks = Reads(node, store, to_leader), Acks(store, followers, settings)
-        data = DataRoutes(node, store, settings, arriving=arriving, to_leader=to_leader, reads=reads, acks=acks)
-        batches = BatchRoutes(node, store, settings, arriving=arriving, to_leader=to_leader, acks=acks)
-        listings = ListingRoutes(store, settings, arriving=arriving, reads=reads)
+        data = DataRoutes(node, store, bodies, to_leader, reads, acks)
+        batches = BatchRoutes(node, store, bodies, to_leader, acks)
+        listings = ListingRoutes(store, bodies, reads)
         self._sending = Sending(settings.queue_size, settings.body_timeout)
         watches = WatchRoutes(node, store)
         status = StatusRoutes(node, metrics)

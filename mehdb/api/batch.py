@@ -10,13 +10,13 @@ from msgspec import UNSET, UnsetType
 from mehdb.api import lines
 from mehdb.api.acks import Acks
 from mehdb.api.answers import NDJSON, Answer
+from mehdb.api.bodies import Bodies
 from mehdb.api.data import CONTENT_TYPE, TTL_S_MAX
 from mehdb.api.forward import ToLeader
 from mehdb.api.node import NodeView
-from mehdb.api.requests import REVISION_MAX, BodyBudget, Parameters, Target, read_body
+from mehdb.api.requests import REVISION_MAX, Parameters, Target
 from mehdb.errors import BadBody, BadKey, BadParameter, BatchTooLarge, ValueTooLarge
 from mehdb.model import Revision, checked_key
-from mehdb.settings import Settings
 from mehdb.store import Batch, Check, Store, Write
 
 OPERATIONS_MAX: Final = 1000  # one commit's worth: more would keep other writers waiting
@@ -64,20 +64,10 @@ _decoder = msgspec.json.Decoder(Operation)
 class BatchRoutes:
     """The route for batches."""
 
-    def __init__(
-        self,
-        node: NodeView,
-        store: Store,
-        settings: Settings,
-        *,
-        arriving: BodyBudget,
-        to_leader: ToLeader,
-        acks: Acks,
-    ) -> None:
+    def __init__(self, node: NodeView, store: Store, bodies: Bodies, to_leader: ToLeader, acks: Acks) -> None:
         self._node = node
         self._store = store
-        self._settings = settings
-        self._arriving = arriving
+        self._bodies = bodies
         self._to_leader = to_leader
         self._acks = acks
 
@@ -91,7 +81,7 @@ class BatchRoutes:
         if hdrs.IF_MATCH in request.headers or hdrs.IF_NONE_MATCH in request.headers:
             raise BadParameter("a batch has lines of its own for conditions ('check'): nothing was written")
         with self._node.writing() as recheck:
-            body = await read_body(request, BATCH_BYTES_MAX, self._settings.body_timeout, self._arriving, TOO_LARGE)
+            body = await self._bodies.read(request, BATCH_BYTES_MAX, TOO_LARGE)
             operations = _operations(body)
             batch = Batch(tuple(self._operation(number, line) for number, line in enumerate(operations, 1)))
             recheck()
@@ -110,7 +100,7 @@ class BatchRoutes:
             return Check(key, Revision(line.revision))
         if isinstance(line, Delete):
             return Write(key, None)
-        value, most = _value(number, line), self._settings.max_value
+        value, most = _value(number, line), self._bodies.value_bytes_max
         if len(value) > most:
             raise ValueTooLarge(f"operation {number}: a value may have {most} bytes (--max-value): nothing was written")
         content_type = line.content_type or None

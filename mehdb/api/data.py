@@ -7,15 +7,15 @@ from aiohttp import hdrs, web
 
 from mehdb.api.acks import Acks, Wanted
 from mehdb.api.answers import TEXT, Answer
+from mehdb.api.bodies import Bodies
 from mehdb.api.conditions import is_unchanged, write_conditions
 from mehdb.api.consistency import Reads
 from mehdb.api.forward import ToLeader
 from mehdb.api.lines import ttl_s
 from mehdb.api.node import NodeView
-from mehdb.api.requests import BodyBudget, Parameters, Target, decode_key, read_body, revision_number
+from mehdb.api.requests import Parameters, Target, decode_key, revision_number
 from mehdb.errors import BadParameter, DamagedRow, KeyNotFound, NotSynced
 from mehdb.model import ORIGIN, Change, Revision, Role
-from mehdb.settings import Settings
 from mehdb.store import Store, Write, value_at
 
 BYTES: Final = "application/octet-stream"
@@ -36,17 +36,14 @@ class DataRoutes:
         self,
         node: NodeView,
         store: Store,
-        settings: Settings,
-        *,
-        arriving: BodyBudget,
+        bodies: Bodies,
         to_leader: ToLeader,
         reads: Reads,
         acks: Acks,
     ) -> None:
         self._node = node
         self._store = store
-        self._settings = settings
-        self._arriving = arriving
+        self._bodies = bodies
         self._to_leader = to_leader
         self._reads = reads
         self._acks = acks
@@ -88,9 +85,8 @@ class DataRoutes:
         if content_type is not None and not CONTENT_TYPE.fullmatch(content_type):
             raise BadParameter("the Content-Type must be 1 to 255 characters of ASCII: nothing was written")
         conditions = write_conditions(request.headers)
-        settings = self._settings
         with self._node.writing() as recheck:
-            value = await read_body(request, settings.max_value, settings.body_timeout, self._arriving)
+            value = await self._bodies.read(request, self._bodies.value_bytes_max)
             recheck()
             return await self._write(Write(key, value, content_type, ttl_ms, conditions), wanted)
 

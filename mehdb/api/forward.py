@@ -13,8 +13,9 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from mehdb.api.answers import BODILESS, BODY_RATE_MIN, JOIN_BYTES_MAX, STATUS_LINES, Answer, Sending, json_answer
+from mehdb.api.bodies import Bodies
 from mehdb.api.node import NodeView
-from mehdb.api.requests import BodyBudget, Parameters, Target, boolean, read_body, seconds
+from mehdb.api.requests import Parameters, Target, boolean, seconds
 from mehdb.errors import Draining, NotLeader, OutcomeUnknown
 from mehdb.peers import Peer, Relay, Relayed
 from mehdb.settings import WAIT_S_MAX, Settings
@@ -38,12 +39,12 @@ READ_ELSEWHERE: Final = "this node follows: send the same request to the Locatio
 
 
 class ToLeader:
-    """Sends what this node cannot do, as it follows, to its leader. *arriving* bounds the bodies that it holds."""
+    """Sends what this node cannot do, as it follows, to its leader. *bodies* bounds those that it holds."""
 
-    def __init__(self, node: NodeView, settings: Settings, arriving: BodyBudget) -> None:
+    def __init__(self, node: NodeView, settings: Settings, bodies: Bodies) -> None:
         self._node = node
         self._settings = settings
-        self._arriving = arriving
+        self._bodies = bodies
         self._leader = Peer(node.leader_url, CONNECTIONS_MAX) if node.leader_url is not None else None
 
     async def close(self) -> None:
@@ -55,7 +56,7 @@ class ToLeader:
         """Return what a follower answers to a write, before its body is read here; None on the leader.
 
         It takes `forward` out of *parameters*. Raises `Draining`, `NotLeader`, `LeaderUnreachable`, `OutcomeUnknown`,
-        and what `read_body` does.
+        and what `Bodies.read` does.
         """
         forward = parameters.take("forward", boolean, self._settings.forward_writes)
         if self._leader is None:
@@ -83,14 +84,10 @@ class ToLeader:
         return json_answer(body, status=307, headers=f"Location: {self._node.redirect_url}{target.text}\r\n")
 
     async def _forward(self, request: web.BaseRequest, target: Target, leader: Peer, wait_s: float) -> Answer:
-        bytes_max = max(self._settings.max_value, BODY_BYTES_LEAST)
-        body = await read_body(request, bytes_max, self._settings.body_timeout, self._arriving)
-        self._arriving.take(len(body))
-        try:
+        body = await self._bodies.read(request, max(self._bodies.value_bytes_max, BODY_BYTES_LEAST))
+        with self._bodies.held(len(body)):
             relay = Relay(request.method, _raw(target), _headers(request, self._node.name), body)
             relayed = await leader.forward(relay, wait_s + ANSWER_S)
-        finally:
-            self._arriving.give_back(len(body))
         if relayed.status not in STATUS_LINES:
             await relayed.close()
             raise OutcomeUnknown(f"what answered has status {relayed.status}, as no node does: who is at its address?")

@@ -10,12 +10,13 @@ from aiohttp import web
 
 from mehdb.api import lines
 from mehdb.api.answers import JSON, NDJSON, Answer
+from mehdb.api.bodies import Bodies
 from mehdb.api.consistency import Reads
 from mehdb.api.data import refuse_if_empty
-from mehdb.api.requests import BodyBudget, Parameters, Target, boolean, decode_key, read_body, revision_number
+from mehdb.api.requests import Parameters, Target, boolean, decode_key, revision_number
 from mehdb.errors import AnswerTooLarge, BadBody, BatchTooLarge, KeyNotFound
 from mehdb.model import Change, checked_key
-from mehdb.settings import Settings, whole_number
+from mehdb.settings import whole_number
 from mehdb.store import Folder, Query, Store, history, list_page
 
 LIMIT_DEFAULT: Final = 1000  # one screenful for a person, one round trip for a program
@@ -30,10 +31,9 @@ QUICK_BYTES: Final = 256 << 10  # of values: encoded on the event loop within a 
 class ListingRoutes:
     """The routes that read many keys, and a key's past."""
 
-    def __init__(self, store: Store, settings: Settings, *, arriving: BodyBudget, reads: Reads) -> None:
+    def __init__(self, store: Store, bodies: Bodies, reads: Reads) -> None:
         self._store = store
-        self._settings = settings
-        self._arriving = arriving
+        self._bodies = bodies
         self._reads = reads
 
     async def keys(self, request: web.BaseRequest, target: Target, _rest: str) -> Answer:
@@ -60,7 +60,7 @@ class ListingRoutes:
         """Answer with the values of the keys in the body, in their order, all of one state."""
         if answer := await self._reads.admit(request, target, Parameters(target.query)):
             return answer
-        body = await read_body(request, KEYS_BYTES_MAX, self._settings.body_timeout, self._arriving, TOO_LARGE)
+        body = await self._bodies.read(request, KEYS_BYTES_MAX, TOO_LARGE)
         keys = _keys(body)
         refuse_if_empty(self._store)
         revision, changes = await self._store.several(keys, ANSWER_BYTES_MAX)
@@ -89,7 +89,9 @@ class ListingRoutes:
         if answer := await self._reads.admit(request, target, parameters):
             return answer
         refuse_if_empty(self._store)
-        past = await self._store.scan(lambda reader: history(reader, key, before, limit))
+        past, body = await self._store.scan(
+            lambda reader: (past := history(reader, key, before, limit), _changes(past.changes, values=values))
+        )
         if not past.changes and before is None:
             raise KeyNotFound("this node retains no change of such a key")
         headers = f"Mehdb-Floor: {past.floor}\r\n"
@@ -97,9 +99,8 @@ class ListingRoutes:
             oldest = str(past.changes[-1].revision)
             cursor = {"before": oldest, "limit": str(limit), "values": "true" if values else ""}
             headers += next_link(f"/history/{quote(key)}", cursor)
-        events = [lines.event(change, values=values) for change in past.changes]
         newest = past.changes[0].revision if past.changes else 0
-        return Answer(lines.encode_lines(events), NDJSON, headers=headers, revision=newest)
+        return Answer(body, NDJSON, headers=headers, revision=newest)
 
 
 def _body(items: Iterable[bytes | Change | Folder], now_ms: int, *, values: bool) -> bytes:
@@ -116,6 +117,11 @@ def _body(items: Iterable[bytes | Change | Folder], now_ms: int, *, values: bool
         for item in items
         if isinstance(item, Folder | Change)
     )
+
+
+def _changes(changes: Iterable[Change], *, values: bool) -> bytes:
+    """Return *changes* as lines."""
+    return lines.encode_lines(lines.event(change, values=values) for change in changes)
 
 
 def next_link(path: str, cursor: dict[str, str]) -> str:

@@ -1,25 +1,11 @@
-"""What a request says: its target, key, parameters and body."""
+"""What a request says: its target, key and parameters."""
 
-import asyncio
 import re
 from collections.abc import Callable
 from typing import Final, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote_to_bytes
 
-from aiohttp import StreamReader, web
-
-from mehdb.api.answers import BODY_RATE_MIN
-from mehdb.errors import (
-    BadBody,
-    BadKey,
-    BadParameter,
-    BatchTooLarge,
-    BodyTooSlow,
-    ExpectationFailed,
-    QueueFull,
-    RequestError,
-    ValueTooLarge,
-)
+from mehdb.errors import BadKey, BadParameter
 from mehdb.model import Revision, checked_key
 from mehdb.settings import whole_number
 
@@ -28,7 +14,6 @@ T = TypeVar("T")
 BROKEN_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 PARAMETERS_MAX: Final = 32  # more than any route has
 REVISION_MAX: Final = (1 << 63) - 1  # SQLite's largest integer
-CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Target(NamedTuple):
@@ -130,90 +115,3 @@ def seconds(most: float) -> Callable[[str], float]:
         return float(text)
 
     return parse
-
-
-class BodyBudget:
-    """Bounds the memory of the bodies that are arriving, all together. A whole one counts in the store's queue."""
-
-    def __init__(self, bytes_max: int) -> None:
-        self._bytes_max = bytes_max
-        self._held_bytes = 0
-
-    def require(self, size_bytes: int) -> None:
-        """Raise `QueueFull` if there is no room for that many bytes more. One body alone always has it."""
-        if self._held_bytes and self._held_bytes + size_bytes > self._bytes_max:
-            raise QueueFull(f"{self._held_bytes} bytes are arriving: nothing was written, try again in a moment")
-
-    def take(self, size_bytes: int) -> None:
-        """Hold that many bytes more. Raises `QueueFull`."""
-        self.require(size_bytes)
-        self._held_bytes += size_bytes
-
-    def give_back(self, size_bytes: int) -> None:
-        """Hold that many bytes no longer."""
-        self._held_bytes -= size_bytes
-
-
-async def read_body(
-    request: web.BaseRequest, bytes_max: int, stall_s: float, budget: BodyBudget, too_large: str | None = None
-) -> bytes:
-    """Return the whole body, after `100 Continue` where the client waits for it.
-
-    Raises `ValueTooLarge`, or `BatchTooLarge` where *too_large* says why, and `QueueFull` as soon as it is known,
-    `BodyTooSlow`, `ExpectationFailed` and `BadBody`.
-    """
-    if (request.content_length or 0) > bytes_max:
-        raise _too_large(bytes_max, too_large)
-    _check_expectation(request)
-    if request.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
-        raise BadBody("send the body in no transfer coding but chunked: nothing was written")
-    content = request.content
-    if content.is_eof() and content.total_bytes <= bytes_max:  # it came with the head: most do
-        return content.read_nowait()
-    budget.require(request.content_length or 0)
-    if "Expect" in request.headers and request.version >= (1, 1):
-        await request.writer.write(CONTINUE)
-    try:
-        return await _read_chunks(content, bytes_max, stall_s, budget, too_large)
-    except web.RequestPayloadError as error:
-        raise BadBody(f"the body's framing is broken: nothing was written ({error})") from error
-
-
-async def _read_chunks(
-    content: StreamReader, bytes_max: int, stall_s: float, budget: BodyBudget, too_large: str | None
-) -> bytes:
-    """Return what arrives until the body's end, within the bounds on its size and on the time that it may take."""
-    chunks: list[bytes] = []
-    size_bytes = 0
-    clock = asyncio.get_running_loop().time
-    started_at_s = clock()
-    try:
-        while True:
-            deadline_s = min(clock() + stall_s, started_at_s + stall_s + size_bytes / BODY_RATE_MIN)
-            async with asyncio.timeout_at(deadline_s):
-                chunk = await content.readany()
-            if not chunk:
-                return b"".join(chunks)
-            budget.take(len(chunk))
-            chunks.append(chunk)
-            size_bytes += len(chunk)
-            if size_bytes > bytes_max:
-                raise _too_large(bytes_max, too_large)
-    except TimeoutError as error:
-        raise BodyTooSlow(
-            f"the body stalled for {stall_s:g} s or is too slow ({size_bytes} bytes came): nothing was written"
-        ) from error
-    finally:
-        budget.give_back(size_bytes)
-
-
-def _too_large(bytes_max: int, reason: str | None) -> RequestError:
-    if reason is not None:
-        return BatchTooLarge(reason)
-    return ValueTooLarge(f"a value may have {bytes_max} bytes (--max-value): nothing was written")
-
-
-def _check_expectation(request: web.BaseRequest) -> None:
-    """Raise `ExpectationFailed` if the client expects more than `100 Continue` (RFC 9110, 10.1.1)."""
-    if request.headers.get("Expect", "100-continue").lower() != "100-continue":
-        raise ExpectationFailed("send no Expect but 100-continue: nothing was written")
