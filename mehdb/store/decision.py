@@ -12,6 +12,8 @@ import msgspec
 from mehdb.errors import KeyNotFound, MehdbError, PreconditionFailed
 from mehdb.model import ORIGIN, Change, Revision
 
+OVERHEAD_BYTES: Final = 256  # about what a write occupies in the queue beside its key and value
+
 
 class Condition(msgspec.Struct, frozen=True, gc=False):
     """What must hold of a key before it is written: that it is at one of *revisions*, or, *negated*, at none of them.
@@ -50,12 +52,27 @@ class Write(msgspec.Struct, frozen=True, gc=False):
         """The keys that it is about."""
         return (self.key,)
 
+    @property
+    def count(self) -> int:
+        """How many operations it is."""
+        return 1
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much memory it occupies while it waits."""
+        return len(self.key) + len(self.value or b"") + OVERHEAD_BYTES
+
 
 class Check(msgspec.Struct, frozen=True, gc=False):
     """In a batch: *key* must be at *revision*; 0: must not exist."""
 
     key: bytes
     revision: Revision
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much memory it occupies while it waits."""
+        return len(self.key) + OVERHEAD_BYTES
 
 
 class Batch(msgspec.Struct, frozen=True, gc=False):
@@ -72,6 +89,16 @@ class Batch(msgspec.Struct, frozen=True, gc=False):
     def keys(self) -> tuple[bytes, ...]:
         """The keys that it is about."""
         return tuple(operation.key for operation in self.operations)
+
+    @property
+    def count(self) -> int:
+        """How many operations it is."""
+        return len(self.operations)
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much memory it occupies while it waits."""
+        return sum(operation.size_bytes for operation in self.operations)
 
 
 Request = Write | Batch

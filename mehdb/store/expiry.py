@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 import apsw
 
 from mehdb.model import Revision
+from mehdb.store.decision import Condition, Write
 
 DUE: Final = """
     SELECT expires_at, revision, key FROM change INDEXED BY change_expiry
@@ -20,9 +21,9 @@ NEXT: Final = """
 
 
 class Due(NamedTuple):
-    """Keys that had a change which has expired, each with its revision, and where to look on from."""
+    """The deletion of each key that has expired, unless something newer has taken its place, and where to look on."""
 
-    keys: dict[Revision, bytes]
+    deletions: list[Write]
     cursor: tuple[int, Revision]
 
 
@@ -39,7 +40,7 @@ class Expiry:
         """Return the first *limit* changes that have expired at *now_ms*, and were not moved beyond."""
         rows: list[tuple[Any, ...]] = self._connection.execute(DUE, (*self._cursor, now_ms, limit)).fetchall()
         cursor = (rows[-1][0], rows[-1][1]) if rows else self._cursor
-        return Due({revision: key for _, revision, key in rows}, cursor)
+        return Due([Write(key, None, conditions=(_still_at(revision),)) for _, revision, key in rows], cursor)
 
     def move(self, cursor: tuple[int, Revision]) -> None:
         """Move on to *cursor*: what is before it has been deleted, or was superseded."""
@@ -58,3 +59,7 @@ class Expiry:
     def _next(self) -> int | None:
         found = self._connection.execute(NEXT, self._cursor).fetchone()
         return None if found is None else int(found[0])
+
+
+def _still_at(revision: Revision) -> Condition:
+    return Condition(frozenset({revision}))

@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 from typing import Final
 
-from mehdb.errors import CommandAtWork, DirectoryInUse
+from mehdb.errors import CommandAtWork, DirectoryInUse, StoreFailed
+from mehdb.store.files import sync_directory
 
 FILE_NAME: Final = "lock"
 COMMAND_NAME: Final = "operation"
@@ -58,6 +59,28 @@ class CommandLock:
     def release(self) -> None:
         """Let the next command, or a node that starts, have the files."""
         os.close(self._fd)
+
+
+def take_directory(directory: Path) -> DirectoryLock:
+    """Return the lock of *directory*, which is made if it does not exist.
+
+    Raises `DirectoryInUse`, `CommandAtWork`, and `StoreFailed` where it cannot be used.
+    """
+    try:
+        if not directory.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            sync_directory(directory.parent)
+        lock = DirectoryLock(directory)
+        try:
+            refuse_beside_command(directory)
+        except BaseException:
+            lock.release()
+            raise
+        return lock  # noqa: TRY300  what any of it raises is told alike
+    except OSError as error:
+        raise StoreFailed(
+            f"{directory} cannot be used: {error.strerror}. In a pod, `fsGroup` makes a volume writable"
+        ) from error
 
 
 def refuse_beside_command(directory: Path) -> None:

@@ -15,8 +15,8 @@ import apsw
 from mehdb.errors import Diverged, PeerAnswerInvalid, StaleEpoch
 from mehdb.model import ORIGIN, Change, Epoch, History, Page, Revision
 from mehdb.store.clock import Clock
-from mehdb.store.decision import Condition, Outcome, Request, Write, decide
-from mehdb.store.expiry import Expiry
+from mehdb.store.decision import Outcome, Request, decide
+from mehdb.store.expiry import Due, Expiry
 from mehdb.store.reader import require_absent
 from mehdb.store.schema import PAGE_SIZE, Meta, read_meta
 from mehdb.store.seal import seal
@@ -136,13 +136,12 @@ class Log:
         """Whether something has expired, or may have."""
         return self._expiry.next_ms is not None and self._expiry.next_ms <= self._clock.now_ms()
 
-    def expire(self) -> None:
-        """Delete what has expired: one step of it, in one transaction."""
-        due = self._expiry.due(self._clock.now_ms(), EXPIRE_STEP)
-        if due.keys:  # on the condition that nothing newer has taken its place
-            self.write(
-                [Write(key, None, conditions=(Condition(frozenset({revision})),)) for revision, key in due.keys.items()]
-            )
+    def due(self) -> Due:
+        """Return what has expired, the first of it."""
+        return self._expiry.due(self._clock.now_ms(), EXPIRE_STEP)
+
+    def expired(self, due: Due) -> None:
+        """Take down that *due* has been deleted, or cannot be."""
         self._expiry.move(due.cursor)
 
     def apply(self, page: Page) -> None:

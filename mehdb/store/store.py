@@ -7,10 +7,10 @@ import asyncio
 import contextlib
 import errno
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar, cast
+from typing import Final, Self, TypeVar, cast
 
 from mehdb.errors import (
     Compacted,
@@ -26,9 +26,7 @@ from mehdb.errors import (
 from mehdb.model import GENESIS, ORIGIN, Change, Epoch, History, Page, Position, Revision
 from mehdb.store.check import CheckReport, check_directory
 from mehdb.store.decision import Batch, Outcome, Request, Write
-from mehdb.store.files import sync_directory
-from mehdb.store.lock import DirectoryLock, refuse_beside_command
-from mehdb.store.log import Log
+from mehdb.store.lock import DirectoryLock, take_directory
 from mehdb.store.mark import read_mark
 from mehdb.store.pages import is_at_head, page_after
 from mehdb.store.reader import Reader
@@ -46,7 +44,7 @@ from mehdb.store.snapshot import (
     remove_leftovers,
     take_back_half_kept,
 )
-from mehdb.store.threads import in_thread
+from mehdb.store.threads import in_thread, whole
 from mehdb.store.waiters import Waiters
 from mehdb.store.writer import Writer
 
@@ -101,26 +99,9 @@ class Store:
         may mend it.
         """
         if self._lock is None:
-            self._lock = self._locked()
+            self._lock = take_directory(self.directory)
             remove_leftovers(self.directory)
         self._open_files()
-
-    def _locked(self) -> DirectoryLock:
-        try:
-            if not self.directory.exists():
-                self.directory.mkdir(parents=True, exist_ok=True)
-                sync_directory(self.directory.parent)
-            lock = DirectoryLock(self.directory)
-            try:
-                refuse_beside_command(self.directory)
-            except BaseException:
-                lock.release()
-                raise
-            return lock  # noqa: TRY300  what any of it raises is told alike
-        except OSError as error:
-            raise StoreFailed(
-                f"{self.directory} cannot be used: {error.strerror}. In a pod, `fsGroup` makes a volume writable"
-            ) from error
 
     def _open_files(self) -> None:
         """Open what there is: for writing, or for reading alone where the volume allows no more."""
@@ -179,13 +160,13 @@ class Store:
         Reads and writes meanwhile raise `StoreAway`. Raises what `start` does when they are opened again; they are not
         if the block fails, as nobody knows then what is there.
         """
-        await _whole(self._close_files())
+        await whole(self._close_files())
         yield
         self._open_files()
 
     async def replace(self, incoming: Path, meta: Meta, keep: str | None) -> Path | None:
         """Put the verified store at *incoming* in this one's place; see `snapshot.install`, which says what is kept."""
-        return await _whole(self._replace(incoming, meta, keep))
+        return await whole(self._replace(incoming, meta, keep))
 
     async def _replace(self, incoming: Path, meta: Meta, keep: str | None) -> Path | None:
         await self._close_files()
@@ -294,12 +275,12 @@ class Store:
         return self._writer is not None and self._writer.expiry_due
 
     async def expire(self) -> None:
-        """Delete keys that have outlived their time: some of them, so often as it is due. Raises what `write` does."""
-        try:
-            await self._open_writer().run(Log.expire)
-        except DamagedRow as error:
-            self._note_damage(error)
-            raise
+        """Delete keys that have outlived their time: some of them, so often as it is due. Raises what `write` does.
+
+        What is damaged stays, and is taken note of.
+        """
+        with self._noting():
+            await self._open_writer().expire()
 
     def now_ms(self) -> int:
         """Return the time that expiry goes by, in milliseconds since the Unix epoch."""
@@ -310,11 +291,8 @@ class Store:
 
         Raises `StaleEpoch`, `Diverged`, `PeerAnswerInvalid`, `DiskFull` and `StoreFailed`.
         """
-        try:
+        with self._noting():
             await self._open_writer().run(lambda log: log.apply(page))
-        except DamagedRow as error:
-            self._note_damage(error)
-            raise
 
     async def adopt(self, history: History, epoch: Epoch) -> None:
         """Take *history* into an empty store, and *epoch* into any. Raises `StaleEpoch` and `Diverged`."""
@@ -342,10 +320,9 @@ class Store:
 
     async def get(self, key: bytes) -> Change | None:
         """Return the change that *key* is live with, None if it is not live. Raises `DamagedRow` and `StoreAway`."""
-        if self._session is None:
-            raise _away()
-        try:
-            return await self._session.get(key)
+        session = self._reading()
+        try:  # not `_noting`: each GET passes here
+            return await session.get(key)
         except DamagedRow as error:
             self._note_damage(error)
             raise
@@ -355,13 +332,8 @@ class Store:
 
         Raises `DamagedRow`, `StoreAway`, and `AnswerTooLarge` if they have more than *bytes_max* together.
         """
-        if self._session is None:
-            raise _away()
-        try:
-            return await self._session.several(keys, bytes_max)
-        except DamagedRow as error:
-            self._note_damage(error)
-            raise
+        with self._noting():
+            return await self._reading().several(keys, bytes_max)
 
     async def page_after(self, position: Position) -> Page | None:
         """Return the next page for a store at *position*, None at the head. Raises what `page_after` does."""
@@ -416,13 +388,9 @@ class Store:
 
     async def snapshot(self) -> Snapshot:
         """Make a snapshot, which the caller removes. One at a time. Raises `DiskFull`, `DamagedRow` and `StoreAway`."""
-        if self._session is None:
-            raise _away()
-        try:
+        self._reading()
+        with self._noting():
             return await in_thread(partial(make_snapshot, self.directory, self.directory / OUTGOING, self._room))
-        except DamagedRow as error:
-            self._note_damage(error)
-            raise
 
     @property
     def incoming(self) -> Path:
@@ -447,10 +415,20 @@ class Store:
 
     async def scan(self, read: Callable[[Reader], T]) -> T:
         """Return what *read* does, in a thread, with a reader of its own. Raises what it does, and `StoreAway`."""
+        with self._noting():
+            return await self._reading().scan(read)
+
+    def _reading(self) -> Session:
+        """Return the open files. Raises `StoreAway`."""
         if self._session is None:
-            raise _away()
+            raise StoreAway("the store is not open just now: try again in a moment, or read another node")
+        return self._session
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Take note of damage that the block meets."""
         try:
-            return await self._session.scan(read)
+            yield
         except DamagedRow as error:
             self._note_damage(error)
             raise
@@ -464,17 +442,3 @@ class Store:
         if self._session:
             self._session.unpin()  # though nobody may read for a long time: a snapshot that is held lets the WAL grow
         self._waiters.wake()
-
-
-async def _whole(work: Coroutine[Any, Any, T]) -> T:
-    """Return what *work* returns. Whoever is cancelled meanwhile waits for its end: half of it would leave no store."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
-
-
-def _away() -> StoreAway:
-    return StoreAway("the store is not open just now: try again in a moment, or read another node")

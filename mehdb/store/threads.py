@@ -1,9 +1,9 @@
-"""Long work in a thread, which ends soon after whoever waits for it has given up: a stop must not wait for a copy."""
+"""Long work: in a thread, which ends soon after whoever waits for it has given up; or such as must come to its end."""
 
 import asyncio
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -33,4 +33,14 @@ async def in_thread(work: Callable[[OnProgress], T], on_progress: OnProgress = u
     except asyncio.CancelledError:
         given_up.set()
         await asyncio.gather(task, return_exceptions=True)
+        raise
+
+
+async def whole(work: Coroutine[Any, Any, T]) -> T:
+    """Return what *work* returns. Whoever is cancelled meanwhile waits for its end: half of it would leave no store."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
         raise

@@ -16,9 +16,19 @@ from typing import Final, NamedTuple, TypeVar, cast
 
 import apsw
 
-from mehdb.errors import DamagedRow, DiskFull, MehdbError, NotNow, QueueFull, ReadOnly, Stopping, StoreFailed
+from mehdb.errors import (
+    DamagedRow,
+    DiskFull,
+    MehdbError,
+    NotNow,
+    QueueFull,
+    ReadOnly,
+    RequestError,
+    Stopping,
+    StoreFailed,
+)
 from mehdb.model import Change
-from mehdb.store.decision import Batch, Outcome, Request, Write
+from mehdb.store.decision import Outcome, Request
 from mehdb.store.feed import Feed
 from mehdb.store.log import Log
 from mehdb.store.mark import AcknowledgedMark
@@ -31,7 +41,6 @@ log = logging.getLogger("mehdb.store")
 
 BATCH_WRITES_MAX: Final = 1000  # amortises the sync; a commit of so many still takes only a few milliseconds
 BATCH_BYTES_MAX: Final = 4 << 20  # keeps a batch of large values short as well
-WRITE_OVERHEAD_BYTES: Final = 256  # about what a queued write occupies beside its key and value
 CHECKPOINT_PAGES: Final = 4096  # 16 MiB of WAL: seldom enough to be cheap, short enough for a restart within a second
 SQUEEZE_FACTOR: Final = 2  # of the reserve: the window is let go before a set has to be refused
 SQUEEZE_AFTER_S: Final = 60.0  # what was the head so long ago, a follower has that restarts as planned
@@ -116,7 +125,7 @@ class Writer:
 
         Raises `QueueFull`, `DiskFull`, `StoreFailed` and `Stopping`.
         """
-        size_bytes = _size_bytes(request)
+        size_bytes = request.size_bytes
         if self.queue_bytes and self.queue_bytes + size_bytes > self._queue_bytes_max:
             raise QueueFull(f"{self.queue_bytes} bytes wait to be written, nothing of this was: try again in a moment")
         outcome = await self._submit(request, size_bytes)
@@ -129,6 +138,10 @@ class Writer:
         Raises what it raises, and `Stopping`.
         """
         await self._submit(task, 0)
+
+    async def expire(self) -> None:
+        """Delete keys that have outlived their time: one step of it. Raises as `write` does, but for damage."""
+        await self.run(self._expire)
 
     async def close(self) -> None:
         """Finish what is queued, checkpoint, end the thread and close the connection."""
@@ -221,7 +234,7 @@ class Writer:
         batch, size_bytes = [first], first.size_bytes
         if not isinstance(first.work, Request):
             return batch, None
-        writes = _writes_in(first.work)
+        writes = first.work.count
         while writes < BATCH_WRITES_MAX and size_bytes < BATCH_BYTES_MAX:
             try:
                 job = self._queue.get_nowait()
@@ -230,7 +243,7 @@ class Writer:
             if not isinstance(job.work, Request):
                 return batch, job
             batch.append(job)
-            writes += _writes_in(job.work)
+            writes += job.work.count
             size_bytes += job.size_bytes
         return batch, None
 
@@ -258,6 +271,16 @@ class Writer:
         if isinstance(outcomes, DamagedRow):
             return self._write_around(outcomes, requests)
         return [outcomes] * len(requests) if isinstance(outcomes, MehdbError) else outcomes
+
+    def _expire(self, changes: Log) -> None:
+        """Delete what has expired, as clients' writes are made: around damage, which ends no other key's life."""
+        due = changes.due()
+        for outcome in self._write(due.deletions) if due.deletions else ():
+            if isinstance(outcome, DamagedRow):
+                self._loop.call_soon_threadsafe(self._on_damage, outcome)
+            elif isinstance(outcome, MehdbError) and not isinstance(outcome, RequestError):
+                raise outcome  # a key that was deleted, or written anew, is the caller's fault: and there is none
+        changes.expired(due)
 
     def _write_around(self, damage: DamagedRow, requests: Sequence[Request]) -> Sequence[Outcome]:
         """Commit those of *requests* that do not need what is damaged. If only compaction does, that stops."""
@@ -391,17 +414,3 @@ def _no_room() -> DiskFull:
     return DiskFull(
         "less room is left on the volume than the reserve, nothing was written: delete keys, make room or enlarge it"
     )
-
-
-def _size_bytes(request: Request) -> int:
-    """Return about how much memory *request* occupies while it waits."""
-    if isinstance(request, Batch):
-        return sum(
-            len(one.key) + WRITE_OVERHEAD_BYTES + (len(one.value or b"") if isinstance(one, Write) else 0)
-            for one in request.operations
-        )
-    return len(request.key) + len(request.value or b"") + WRITE_OVERHEAD_BYTES
-
-
-def _writes_in(request: Request) -> int:
-    return len(request.operations) if isinstance(request, Batch) else 1

@@ -10,7 +10,8 @@ from disk import WAL, Disk
 from mehdb.errors import Diverged, KeyNotFound, QueueFull, Stopping
 from mehdb.model import Epoch, History
 from mehdb.store import Store, Write
-from mehdb.store.writer import BATCH_BYTES_MAX, BATCH_WRITES_MAX, WRITE_OVERHEAD_BYTES
+from mehdb.store.decision import OVERHEAD_BYTES
+from mehdb.store.writer import BATCH_BYTES_MAX, BATCH_WRITES_MAX
 from stores import (
     enqueue,
     held,
@@ -167,8 +168,8 @@ async def test_what_failed_is_not_counted_as_a_commit(leader: Store) -> None:
 
 
 async def test_a_full_queue_refuses_and_recovers(disk: Disk, directory: Path) -> None:
-    size_bytes = len(b"key-0") + 1000 + WRITE_OVERHEAD_BYTES
-    first_bytes = len(b"first") + len(b"in flight") + WRITE_OVERHEAD_BYTES
+    size_bytes = len(b"key-0") + 1000 + OVERHEAD_BYTES
+    first_bytes = len(b"first") + len(b"in flight") + OVERHEAD_BYTES
     async with leading(directory, queue_bytes_max=first_bytes + 3 * size_bytes) as store:
         with disk.holding():
             first = await one_in_flight(store, disk)
