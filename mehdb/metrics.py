@@ -15,8 +15,11 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from mehdb.errors import Forbidden, Unauthorized
 from mehdb.model import NodeStatus, Role, State
 
+HANDSHAKE: Final = "handshake"  # of TLS: no certificate, or none of ours
+DENIALS: Final = (Unauthorized.code, Forbidden.code, HANDSHAKE)
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"  # the text format that every Prometheus reads
 
 
@@ -26,7 +29,8 @@ class Metrics:
     def __init__(self, status: Callable[[], NodeStatus]) -> None:
         self._registry = CollectorRegistry()
         self._requests: Counter[tuple[str, str, int]] = Counter()
-        self._registry.register(_NodeCollector(status, self._requests))
+        self._denied: Counter[str] = Counter()
+        self._registry.register(_NodeCollector(status, self._requests, self._denied))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         GCCollector(registry=self._registry)
@@ -35,15 +39,22 @@ class Metrics:
         """Count an answer. *route* and *method* are of a fixed set, never what a client sent."""
         self._requests[route, method, status] += 1
 
+    def count_denied(self, reason: str) -> None:
+        """Count a request that was denied. *reason* is an error's code."""
+        self._denied[reason] += 1
+
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class _NodeCollector(Collector):
-    def __init__(self, status: Callable[[], NodeStatus], requests: Counter[tuple[str, str, int]]) -> None:
+    def __init__(
+        self, status: Callable[[], NodeStatus], requests: Counter[tuple[str, str, int]], denied: Counter[str]
+    ) -> None:
         self._status = status
         self._requests = requests
+        self._denied = denied
 
     def describe(self) -> Iterator[Metric]:
         """Say nothing: a registry would otherwise collect once when this is registered, before the node exists."""
@@ -55,6 +66,10 @@ class _NodeCollector(Collector):
         for (route, method, code), count in sorted(self._requests.items()):
             requests.add_metric([route, method, str(code)], count)
         yield requests
+        denied = CounterMetricFamily("mehdb_denied", "Requests that were denied.", labels=["reason"])
+        for reason in DENIALS:
+            denied.add_metric([reason], self._denied[reason])
+        yield denied
         yield _gauge("mehdb_ready", "1 if the node is ready.", status.ready)
         yield _gauge("mehdb_keys", "Live keys.", status.keys)
         yield _gauge("mehdb_revision", "The newest revision in the store.", status.revision)

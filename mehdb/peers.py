@@ -8,7 +8,6 @@ import asyncio
 import base64
 import binascii
 import contextlib
-import functools
 import hashlib
 import ipaddress
 import re
@@ -24,6 +23,7 @@ from typing import Final, NamedTuple, Self
 import aiofiles
 import httpx
 
+from mehdb.credentials import ANONYMOUS, Credentials
 from mehdb.errors import (
     Compacted,
     DiskFull,
@@ -58,6 +58,7 @@ CONNECT_TIMEOUT_S: Final = 2.0  # a dead address answers nothing: one retry of t
 ANSWER_TIMEOUT_S: Final = 2.5  # between two chunks of an answer: whoever works on one says so each second (102)
 PAGE_TIMEOUT_S: Final = 60.0  # for a whole page of the largest size, beyond that: 1 MiB/s
 RELAY_RATE_MIN: Final = 1 << 20  # bytes per second, for a body that is passed on
+NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody: reading the system's authorities takes long
 HEADERS: Final = {"Mehdb-Heartbeat": "yes"}
 ABSENT_NAMES: Final = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 REPR_DIGEST: Final = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")  # RFC 9530
@@ -125,13 +126,22 @@ class Relayed:
 class Peer:
     """One other node, at a base URL. An async context manager: leaving it closes the connections."""
 
-    def __init__(self, url: str, connections_max: int = 4) -> None:
+    def __init__(self, url: str, credentials: Credentials = ANONYMOUS, connections_max: int = 4) -> None:
         self.url = url
+        self._credentials = credentials
         self._connections_max = connections_max
+        self._clients: dict[ssl.SSLContext, httpx.AsyncClient] = {}
 
-    @functools.cached_property
+    @property
     def _client(self) -> httpx.AsyncClient:
-        # Made when it is first used: it takes milliseconds, and most pods that there might be do not exist.
+        """The client for the certificates of now. Another may have requests under way, with those of before."""
+        context = self._credentials.client if self.url.startswith("https:") else NO_TLS
+        if context not in self._clients:
+            # Made when it is first used: it takes milliseconds, and most pods that there might be do not exist.
+            self._clients[context] = self._made(context)
+        return self._clients[context]
+
+    def _made(self, context: ssl.SSLContext) -> httpx.AsyncClient:
         limits = httpx.Limits(
             max_connections=self._connections_max,
             max_keepalive_connections=self._connections_max // 2,
@@ -140,7 +150,7 @@ class Peer:
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         # trust_env: a proxy for the outside world must not come between two pods.
         return httpx.AsyncClient(
-            base_url=self.url, headers=HEADERS, limits=limits, timeout=timeout, trust_env=False, verify=_tls()
+            base_url=self.url, headers=HEADERS, limits=limits, timeout=timeout, trust_env=False, verify=context
         )
 
     async def __aenter__(self) -> Self:
@@ -176,9 +186,8 @@ class Peer:
         if pages_only:
             query["snapshot"] = "no"
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        headers = {
-            "Mehdb-Epoch": str(epoch)
-        }  # no parameter: a node of another version would refuse what it does not know
+        # No parameter: a node of another version would refuse what it does not know.
+        headers = {"Mehdb-Epoch": str(epoch), **self._credentials.headers()}
         request = self._client.stream("GET", "/replicate", params=query, headers=headers, timeout=timeout)
         asked_at_s = monotonic()
         async with self._asking(wait_s + PAGE_TIMEOUT_S), request as answer:
@@ -191,15 +200,15 @@ class Peer:
 
     async def disconnect(self) -> None:
         """Close every connection: the next one resolves the name anew, and may find another node there."""
-        client = self.__dict__.pop("_client", None)
-        if client is not None:
+        clients, self._clients = self._clients, {}
+        for client in clients.values():
             await client.aclose()
 
     async def position(self) -> NodePosition:
         """Return where the peer is. Raises `PeerAbsent`, `PeerUnreachable` and `PeerAnswerInvalid`."""
         await self._require_presence()
         async with self._asking(ANSWER_TIMEOUT_S):
-            answer = await self._client.get("/position")
+            answer = await self._client.get("/position", headers=self._credentials.headers())
         if answer.status_code != httpx.codes.OK:
             raise PeerUnreachable(f"{self.url} answered {answer.status_code}: {_message(answer.content)}")
         return decode_position(answer.content)
@@ -207,7 +216,8 @@ class Peer:
     async def status(self) -> NodeStatus:
         """Return what the peer says of itself. Raises `PeerUnreachable` and `PeerAnswerInvalid`."""
         async with self._asking(ANSWER_TIMEOUT_S):
-            answer = await self._client.get("/status", headers={"Accept": "application/json"})
+            headers = {"Accept": "application/json", **self._credentials.headers()}
+            answer = await self._client.get("/status", headers=headers)
         return decode_status(answer.content)
 
     async def forward(self, relay: Relay, answer_timeout_s: float) -> Relayed:
@@ -240,7 +250,8 @@ class Peer:
         Raises `PeerUnreachable` (what has arrived is of no use), `SnapshotRefused`, `PeerAnswerInvalid`, and `DiskFull`
         of this node's.
         """
-        async with self._asking(None), self._client.stream("GET", "/snapshot") as answer:
+        request = self._client.stream("GET", "/snapshot", headers=self._credentials.headers())
+        async with self._asking(None), request as answer:
             if answer.status_code != httpx.codes.OK:
                 passes = answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
                 kind = PeerUnreachable if passes else SnapshotRefused
@@ -333,12 +344,6 @@ class Peer:
         if page.history != history or not page.changes:
             raise PeerAnswerInvalid(f"{self.url}: a page of nothing, or of another history than {history}")
         return Pull(History(history), Epoch(int(epoch)), Revision(int(head)), page, state)
-
-
-@functools.cache
-def _tls() -> ssl.SSLContext:
-    """Return one context for all clients: reading the authorities' certificates takes most of the making of one."""
-    return httpx.create_ssl_context(trust_env=False)
 
 
 def _says_nothing(host: str, addresses: list[str]) -> bool:

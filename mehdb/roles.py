@@ -86,7 +86,7 @@ def pod_url(settings: Settings, ordinal: int) -> str:
     assert match, "settings are refused when a pod has no ordinal"  # noqa: S101  our own invariant
     service, namespace, *domain = _labels(settings.fqdn or "")
     labels = [f"{match['name']}-{ordinal}", settings.service or service, settings.namespace or namespace, *domain]
-    return f"http://{'.'.join(labels)}:{settings.port}"
+    return f"{settings.scheme}://{'.'.join(labels)}:{settings.port}"
 
 
 def _labels(fqdn: str) -> list[str]:

@@ -18,7 +18,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from mehdb.errors import BodyTooSlow, MehdbError, MethodNotAllowed, QueueFull
+from mehdb.errors import BodyTooSlow, MehdbError, MethodNotAllowed, QueueFull, Unauthorized
 
 T = TypeVar("T")
 
@@ -222,6 +222,8 @@ def error_answer(error: MehdbError) -> Answer:
     headers = ""
     if error.retry_after_s is not None:
         headers += f"Retry-After: {error.retry_after_s}\r\n"
+    if isinstance(error, Unauthorized):
+        headers += 'WWW-Authenticate: Bearer realm="mehdb"\r\n'
     if isinstance(error, MethodNotAllowed):
         headers += f"Allow: {error.allowed}\r\n"
     if error.etag and error.details.get("revision"):

@@ -4,14 +4,16 @@ aiohttp's server, but what its parser refuses is answered like every other error
 others need. Other bounds are where the bytes are: on bodies in `requests`, on answers in `answers`.
 """
 
+import asyncio
 import heapq
 import logging
 import re
 import resource
 from asyncio import BaseTransport, Task, TimerHandle
+from collections.abc import Callable
 from operator import itemgetter
 from time import monotonic
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
@@ -19,6 +21,8 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
 from mehdb.api.app import Api
+from mehdb.api.handshake import Connection, Handshake, Patience
+from mehdb.credentials import Credentials
 from mehdb.errors import HeadTooSlow, MalformedRequest, MehdbError, RequestError
 
 log = logging.getLogger("mehdb.api")
@@ -30,14 +34,6 @@ PICKED_AT_ONCE: Final = 64  # looking through all connections for those to close
 CALM_S: Final = 60.0  # without too many connections, before the next time is told again
 
 
-class Patience(NamedTuple):
-    """How long a connection has waited for its client. Of two, the lower is closed first."""
-
-    in_request: bool
-    """Whether a request is under way: its body is waited for, or that its answer is read."""
-    since: float
-
-
 class ApiServer(web.Server):
     """A server whose requests, well-formed or not, are answered by *api*. *options* are those of a connection.
 
@@ -45,20 +41,36 @@ class ApiServer(web.Server):
     the one that has waited longest for its client, so that an attacker's idle connections never keep out a probe.
     """
 
-    def __init__(self, api: Api, *, connections_max: int, head_timeout_s: float, **options: Any) -> None:
+    def __init__(
+        self,
+        api: Api,
+        *,
+        connections_max: int,
+        head_timeout_s: float,
+        credentials: Credentials,
+        on_refused: Callable[[str, str], None],
+        **options: Any,
+    ) -> None:
+        """Where *credentials* encrypt, *on_refused* is told whose handshake failed, and why."""
         super().__init__(api, request_factory=self._request, max_headers=HEADERS_MAX, **options)
+        self._credentials = credentials
+        self._on_refused = on_refused
         self.api = api
         self.head_timeout_s = head_timeout_s
         self._connections_max = _allowed(connections_max)
-        self._open: set[_Connection] = set()
-        self._picked: list[tuple[Patience, _Connection]] = []
+        self._open: set[Connection] = set()
+        self._picked: list[tuple[Patience, Connection]] = []
         self._crowded_at_s = -CALM_S
 
-    def __call__(self) -> web.RequestHandler:
+    def __call__(self) -> asyncio.Protocol:  # type: ignore[override]  # aiohttp only hands it to the loop
         """Return the protocol of a new connection."""
+        context = self._credentials.server
+        return self._connection() if context is None else Handshake(self, context, self._connection, self._on_refused)
+
+    def _connection(self) -> web.RequestHandler:
         return _Connection(self, loop=self._loop, **self._kwargs)
 
-    def opened(self, connection: "_Connection") -> None:
+    def opened(self, connection: "Connection") -> None:
         """Count *connection*, and close another for it, or it, if that is one too many."""
         self._open.add(connection)
         if len(self._open) > self._connections_max:
@@ -67,7 +79,7 @@ class ApiServer(web.Server):
             self._open.discard(unlucky)
             unlucky.abort()
 
-    def closed(self, connection: "_Connection") -> None:
+    def closed(self, connection: "Connection") -> None:
         """Count *connection* no longer."""
         self._open.discard(connection)
 
@@ -82,7 +94,7 @@ class ApiServer(web.Server):
         connection.content = content  # type: ignore[attr-defined]  # each is a _Connection: a check would cost each request
         return web.BaseRequest(message, content, connection, writer, task, self._loop)
 
-    def _most_patient(self, newest: "_Connection") -> "_Connection":
+    def _most_patient(self, newest: "Connection") -> "Connection":
         """Return the connection that has waited longest for its client; *newest* if none waits."""
         for again in (True, False):
             while self._picked:

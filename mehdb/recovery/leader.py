@@ -9,6 +9,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from mehdb.credentials import ANONYMOUS, Credentials
 from mehdb.errors import (
     Compacted,
     DamagedRow,
@@ -48,7 +49,9 @@ class Leader:
     `run` never returns; `state` and `problem` say how it goes.
     """
 
-    def __init__(self, store: Store, leadership: Leadership, peer_urls: Sequence[str]) -> None:
+    def __init__(
+        self, store: Store, leadership: Leadership, peer_urls: Sequence[str], credentials: Credentials = ANONYMOUS
+    ) -> None:
         self.state = State.RECOVERING
         self.problem: str | None = "asking its peers what they hold"
         self._store = store
@@ -59,7 +62,8 @@ class Leader:
         self._forked: frozenset[str] = frozenset()
         self._unclear: frozenset[str] = frozenset()
         self._diverged: frozenset[str] = frozenset()  # what they said when last asked
-        self._peers = [Peer(url) for url in peer_urls]
+        self._credentials = credentials
+        self._peers = [Peer(url, credentials) for url in peer_urls]
         self._guests: set[str] = set()  # the URLs of those that have shown up by themselves
         self._epoch_seen = Epoch(0)  # by a peer, in this store's history
         self._confirmations = Rounds(self._obstacle_to_leading, "confirm leading")
@@ -72,7 +76,7 @@ class Leader:
         store's history.
         """
         if url and url not in {peer.url for peer in self._peers} and len(self._peers) < PEERS_MAX:
-            self._peers.insert(0, Peer(url))
+            self._peers.insert(0, Peer(url, self._credentials))
             self._guests.add(url)
         if epoch <= self._store.meta.epoch + EPOCH_STEP_MAX:
             self._epoch_seen = max(self._epoch_seen, epoch)
