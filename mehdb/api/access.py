@@ -22,7 +22,7 @@ class Anyone(Enum):
 
     PROBE = "probe"
     """Nothing: a kubelet has no token."""
-    KNOWN = "a token"
+    KNOWN = "any"
     """Any token that is known."""
 
 
@@ -64,12 +64,12 @@ class Gate:
 
     def _bearer(self, request: web.BaseRequest, tokens: Tokens, need: Need) -> Grant:
         """Return what the token of *request* grants. Raises `Unauthorized`."""
-        what = f"the right {need}" if isinstance(need, Right) else need.value
+        what = f"a token with the right {need}" if isinstance(need, Right) else "a token"
         shown = request.headers.getall(hdrs.AUTHORIZATION, [])
         if not shown:
             raise Unauthorized(
                 f"this needs {what}: send 'Authorization: Bearer TOKEN'; where curl follows a redirect, it does that "
-                "with --location-trusted", needs=what,
+                "with --location-trusted", needs=need.value,
             )  # fmt: skip
         scheme, _, token = shown[0].strip().partition(" ")
         grant = None
@@ -78,7 +78,7 @@ class Gate:
         if grant is None:
             raise Unauthorized(
                 f"this needs {what}: the token is none of this node's (--tokens-file), or not sent as "
-                "'Authorization: Bearer TOKEN'", needs=what,
+                "'Authorization: Bearer TOKEN'", needs=need.value,
             )  # fmt: skip
         return grant
 

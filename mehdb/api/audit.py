@@ -40,7 +40,7 @@ class Audit:
             return
         log.warning(
             "denied code=%s %s needs=%s suppressed=%d",
-            error.code, _whose(request, route, grant), str(error.details.get("needs", "")).replace(" ", "-"),
+            error.code, _whose(request, route, grant), error.details.get("needs"),
             self._suppressed,
         )  # fmt: skip
         self._suppressed = 0

@@ -1,13 +1,25 @@
 """Connections that are to be encrypted: they are counted, and may be closed for others, before they have shaken hands.
 
 asyncio's own TLS server makes its protocol only afterwards, so that whoever never finishes would hold a connection that
-nobody sees. The context is looked up at each connection: one that was read anew holds from the next one on.
+nobody sees. The certificate is looked up at each connection: one that was read anew is shown from the next one on.
 """
 
 import asyncio
+import logging
+import socket
 import ssl
+from asyncio import AbstractEventLoop
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, cast
+from typing import Final, NamedTuple, Protocol
+
+from aiohttp import web
+
+from mehdb.credentials import Credentials
+
+log = logging.getLogger("mehdb.api")
+
+SHUTDOWN_S: Final = 1.0  # many clients never answer to the end of a connection
+ACCEPT_AGAIN_S: Final = 1.0  # after the file descriptors ran out
 
 
 class Patience(NamedTuple):
@@ -32,10 +44,17 @@ class Connection(Protocol):
         ...
 
 
-class Counter(Protocol):
-    """Who counts connections."""
+class TlsServer(Protocol):
+    """What a server is to those who make its connections."""
 
-    head_timeout_s: float
+    @property
+    def head_timeout_s(self) -> float:
+        """How long a handshake may take."""
+        ...
+
+    def __call__(self) -> asyncio.Protocol:
+        """Return the protocol of a new connection."""
+        ...
 
     def opened(self, connection: Connection) -> None:
         """Count *connection*."""
@@ -46,87 +65,98 @@ class Counter(Protocol):
         ...
 
 
-class Handshake(asyncio.Protocol):
-    """A connection to *server* until it is encrypted. Then *accepted* makes the protocol that takes it over.
+class TlsSite(web.BaseSite):
+    """Has the *server* of *runner* answer on *listener*, behind TLS.
 
-    *refused* is told the address that it came from, and what was wrong, where that is so.
+    *on_refused* is told whose handshake failed, by address, and why.
     """
 
     def __init__(
         self,
-        server: Counter,
-        context: ssl.SSLContext,
-        accepted: Callable[[], asyncio.Protocol],
-        refused: Callable[[str, str], None],
+        runner: web.ServerRunner,
+        server: TlsServer,
+        listener: socket.socket,
+        credentials: Credentials,
+        on_refused: Callable[[str, str], None],
     ) -> None:
-        self._server = server
-        self._context = context
-        self._accepted = accepted
-        self._refused = refused
-        self._transport: asyncio.Transport | None = None
-        self._task: asyncio.Task[None] | None = None
-        self.patience: Patience | None = None
+        super().__init__(runner)
+        self._tls_server = server
+        self._listener = listener
+        self._credentials = credentials
+        self._on_refused = on_refused
+        self._accepting: asyncio.Task[None] | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Shake hands."""
+    @property
+    def name(self) -> str:
+        """Where it answers."""
+        return f"https://{self._listener.getsockname()}"
+
+    async def start(self) -> None:
+        """Begin to accept connections."""
+        await super().start()
+        self._listener.setblocking(False)
+        self._accepting = asyncio.create_task(self._accept(), name="accept")
+
+    async def stop(self) -> None:
+        """Accept no more."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.wait([self._accepting])
+        self._listener.close()
+        await super().stop()
+
+    async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
-        self.patience = Patience(in_request=False, since=loop.time())
-        self._transport = connection = cast("asyncio.Transport", transport)  # what a TCP server has
-        self._server.opened(self)
-        if not connection.is_closing():  # or there were too many
-            self._task = loop.create_task(self._shake(connection), name="handshake")
+        while True:
+            try:
+                accepted, address = await loop.sock_accept(self._listener)
+            except OSError as error:
+                log.warning('no connection accepted reason="%s"', error.strerror)
+                await asyncio.sleep(ACCEPT_AGAIN_S)
+                continue
+            context = self._credentials.server
+            assert context, "without a certificate there is no such site"  # noqa: S101  our own invariant
+            Handshake(loop, self._tls_server, accepted, str(address[0]), context, self._on_refused)
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  asyncio's signature
-        """Count it no longer."""
-        self._server.closed(self)
+
+class Handshake:
+    """A connection until it is encrypted, and its server's own protocol has it."""
+
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        server: TlsServer,
+        accepted: socket.socket,
+        address: str,
+        context: ssl.SSLContext,
+        on_refused: Callable[[str, str], None],
+    ) -> None:
+        self.patience = Patience(in_request=False, since=loop.time())
+        self._server = server
+        self._accepted = accepted
+        self._address = address
+        self._on_refused = on_refused
+        self._shaking = loop.create_task(self._shake(loop, context), name="handshake")
+        server.opened(self)
 
     def abort(self) -> None:
         """Close the connection at once."""
-        if self._transport is not None:
-            self._transport.abort()
+        self._shaking.cancel()
 
-    async def _shake(self, transport: asyncio.Transport) -> None:
-        early = _Early()
+    async def _shake(self, loop: AbstractEventLoop, context: ssl.SSLContext) -> None:
+        timeout_s = self._server.head_timeout_s
+        shaken = False
         try:
-            encrypted = await asyncio.get_running_loop().start_tls(
-                transport, early, self._context, server_side=True, ssl_handshake_timeout=self._server.head_timeout_s
-            )
+            await loop.connect_accepted_socket(
+                self._server, self._accepted, ssl=context, ssl_handshake_timeout=timeout_s,
+                ssl_shutdown_timeout=SHUTDOWN_S,
+            )  # fmt: skip
+            shaken = True
         except ssl.SSLError as error:
-            self._refused(_address(transport), error.reason or str(error))
+            self._on_refused(self._address, error.reason or str(error))
         except (OSError, TimeoutError):  # who goes away, or is too slow, is no news
             pass
-        else:
-            if encrypted is not None and not encrypted.is_closing():
-                early.hand_over(encrypted, self._accepted())
-                return
         finally:
             self._server.closed(self)
-        transport.abort()
-
-
-class _Early(asyncio.Protocol):
-    """Keeps what comes with the end of the handshake, until somebody takes it."""
-
-    def __init__(self) -> None:
-        self._data: list[bytes] = []
-        self._lost: list[Exception | None] = []
-
-    def data_received(self, data: bytes) -> None:
-        self._data.append(bytes(data))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._lost.append(exc)
-
-    def hand_over(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
-        """Have *protocol* take over *transport*, and what has come."""
-        protocol.connection_made(transport)
-        transport.set_protocol(protocol)
-        for data in self._data:
-            protocol.data_received(data)
-        for error in self._lost:
-            protocol.connection_lost(error)
-
-
-def _address(transport: asyncio.Transport) -> str:
-    peer = transport.get_extra_info("peername")
-    return str(peer[0]) if isinstance(peer, tuple) else "-"
+            if not shaken:
+                self._accepted.close()

@@ -12,17 +12,19 @@ from mehdb.api.app import Api
 from mehdb.api.audit import Audit
 from mehdb.api.bodies import Bodies
 from mehdb.api.forward import ToLeader
+from mehdb.api.handshake import TlsSite
 from mehdb.api.node import NodeView
 from mehdb.api.replicate import Followers
 from mehdb.api.routes import all_routes, probe_routes
 from mehdb.api.server import ApiServer
-from mehdb.credentials import ANONYMOUS, Credentials
+from mehdb.credentials import Credentials
 from mehdb.metrics import Metrics
 from mehdb.settings import Settings
 from mehdb.store import Store
 from mehdb.tokens import Tokens
 
 PROBES_AT_ONCE: Final = 64  # connections to the health port
+PROBES_STOP_S: Final = 0.1  # none takes longer
 
 
 class Ports:
@@ -45,15 +47,22 @@ class Ports:
         routes = all_routes(node, store, settings, followers, metrics, gate, self._to_leader)
         api = Api(node, store, metrics, gate, routes, sending)
         probes = Api(node, store, metrics, Gate(None, audit), probe_routes(node, metrics), sending)
-        self._runner = self._runner_of(api, settings.max_connections, credentials, audit)
-        self._probes_runner = self._runner_of(probes, PROBES_AT_ONCE, ANONYMOUS, audit)
+        self._credentials, self._on_refused = credentials, audit.refused
+        self._server = self._server_of(api, settings.max_connections)
+        # aiohttp waits this long twice: for the requests under way, and for those that it then cancels.
+        self._runner = web.ServerRunner(self._server, shutdown_timeout=settings.stop_timeout / 2)
+        self._probes_runner = web.ServerRunner(self._server_of(probes, PROBES_AT_ONCE), shutdown_timeout=PROBES_STOP_S)
 
     async def open(self, listener: socket.socket, health_listener: socket.socket | None) -> None:
         """Begin to answer."""
-        for runner, one in ((self._runner, listener), (self._probes_runner, health_listener)):
-            if one is not None:
-                await runner.setup()
-                await web.SockSite(runner, one).start()
+        await self._runner.setup()
+        if self._credentials.server is None:
+            await web.SockSite(self._runner, listener).start()
+        else:
+            await TlsSite(self._runner, self._server, listener, self._credentials, self._on_refused).start()
+        if health_listener is not None:
+            await self._probes_runner.setup()
+            await web.SockSite(self._probes_runner, health_listener).start()
 
     async def finish(self) -> None:
         """Take no more connections, and finish the requests under way, within `stop_timeout`."""
@@ -64,22 +73,18 @@ class Ports:
         """Close the connections to other nodes."""
         await self._to_leader.close()
 
-    def _runner_of(self, api: Api, connections_max: int, credentials: Credentials, audit: Audit) -> web.ServerRunner:
+    def _server_of(self, api: Api, connections_max: int) -> ApiServer:
         settings = self._settings
         # The API answers every error itself. What aiohttp would log is clients' broken requests: no change of state.
         quiet = logging.getLogger("mehdb.http")
         quiet.setLevel(logging.CRITICAL)
-        server = ApiServer(
+        return ApiServer(
             api,
             connections_max=connections_max,
             head_timeout_s=settings.header_timeout,
-            credentials=credentials,
-            on_refused=audit.refused,
             access_log=None,
             logger=quiet,
             keepalive_timeout=settings.keepalive_timeout,
             lingering_time=settings.body_timeout,  # for a client that sends all of a refused body before it reads
             auto_decompress=False,  # a value is stored as it was sent
         )
-        # aiohttp waits this long twice: for the requests under way, and for those that it then cancels.
-        return web.ServerRunner(server, shutdown_timeout=settings.stop_timeout / 2)

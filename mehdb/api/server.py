@@ -4,13 +4,11 @@ aiohttp's server, but what its parser refuses is answered like every other error
 others need. Other bounds are where the bytes are: on bodies in `requests`, on answers in `answers`.
 """
 
-import asyncio
 import heapq
 import logging
 import re
 import resource
 from asyncio import BaseTransport, Task, TimerHandle
-from collections.abc import Callable
 from operator import itemgetter
 from time import monotonic
 from typing import Any, Final
@@ -21,8 +19,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
 from mehdb.api.app import Api
-from mehdb.api.handshake import Connection, Handshake, Patience
-from mehdb.credentials import Credentials
+from mehdb.api.handshake import Connection, Patience
 from mehdb.errors import HeadTooSlow, MalformedRequest, MehdbError, RequestError
 
 log = logging.getLogger("mehdb.api")
@@ -41,20 +38,8 @@ class ApiServer(web.Server):
     the one that has waited longest for its client, so that an attacker's idle connections never keep out a probe.
     """
 
-    def __init__(
-        self,
-        api: Api,
-        *,
-        connections_max: int,
-        head_timeout_s: float,
-        credentials: Credentials,
-        on_refused: Callable[[str, str], None],
-        **options: Any,
-    ) -> None:
-        """Where *credentials* encrypt, *on_refused* is told whose handshake failed, and why."""
+    def __init__(self, api: Api, *, connections_max: int, head_timeout_s: float, **options: Any) -> None:
         super().__init__(api, request_factory=self._request, max_headers=HEADERS_MAX, **options)
-        self._credentials = credentials
-        self._on_refused = on_refused
         self.api = api
         self.head_timeout_s = head_timeout_s
         self._connections_max = _allowed(connections_max)
@@ -62,12 +47,8 @@ class ApiServer(web.Server):
         self._picked: list[tuple[Patience, Connection]] = []
         self._crowded_at_s = -CALM_S
 
-    def __call__(self) -> asyncio.Protocol:  # type: ignore[override]  # aiohttp only hands it to the loop
+    def __call__(self) -> web.RequestHandler:
         """Return the protocol of a new connection."""
-        context = self._credentials.server
-        return self._connection() if context is None else Handshake(self, context, self._connection, self._on_refused)
-
-    def _connection(self) -> web.RequestHandler:
         return _Connection(self, loop=self._loop, **self._kwargs)
 
     def opened(self, connection: "Connection") -> None:
