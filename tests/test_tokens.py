@@ -1,16 +1,22 @@
 """The tokens file: what its lines may be, what they grant, and that it holds no token."""
 
+import os
+import re
 import stat
+import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+from cluster import DEADLINE_S, clean_environment
 from guards import Tokens as Given
 from guards import swap
 from mehdb.errors import SettingsError
 from mehdb.tokens import TOKENS_MAX, Right, Tokens, add, make
 
+ROOT = Path(__file__).parents[1]
 HASH = sha256(b"s3cret").hexdigest()
 LINE = f"app sha256:{HASH} read,write app/ shared/"
 
@@ -149,3 +155,19 @@ def test_a_line_is_added_only_where_the_file_stays_right(tmp_path: Path) -> None
     assert path.read_text() == LINE
     add(path, make("other", "read", ())[1])
     assert len(path.read_text().splitlines()) == 2
+
+
+def test_the_commands_of_the_page_make_its_tokens(tmp_path: Path) -> None:
+    page = (ROOT / "docs/SECURITY.md").read_text()
+    commands = re.findall(r"(?m)^(?:\w+=\$\()?(mehdb token [^#\n)]+)", page)
+    assert len(commands) == 5
+    for command in commands:
+        subprocess.run(
+            ["sh", "-ec", command], cwd=tmp_path, check=True, timeout=DEADLINE_S,
+            env=clean_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        )  # fmt: skip
+    tokens = Tokens(tmp_path / "tokens")
+    node = tokens.grant((tmp_path / "node-token").read_bytes().strip())
+    assert node is not None
+    assert node.rights == {Right.REPLICATE}
+    assert len((tmp_path / "tokens").read_text().splitlines()) == 5
