@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from mehdb import control
+from mehdb import __version__, control
 from mehdb.api import Api, ApiServer, ControlApi
 from mehdb.errors import Damaged, DiskFull, MehdbError, SettingsError, StoreFailed
 from mehdb.expiry import expire
@@ -69,9 +69,9 @@ class Life:
             await stack.enter_async_context(self._controlled())
             await stack.enter_async_context(self._served(listener))
             log.info(
-                "started node=%s role=%s listen=%s port=%d data_dir=%s revision=%d leader=%s",
-                self._node.name, self._node.role, settings.listen, settings.port, settings.data_dir, self._store.head,
-                self._leadership.leader_url or "self",
+                "started node=%s role=%s version=%s listen=%s port=%d data_dir=%s revision=%d leader=%s",
+                self._node.name, self._node.role, __version__, settings.listen, settings.port, settings.data_dir,
+                self._store.head, self._leadership.leader_url or "self",
             )  # fmt: skip
             await self._supervise()
             log.info("stopping node=%s queue_bytes=%d", self._node.name, self._store.queue_bytes)
@@ -234,7 +234,9 @@ class Life:
     async def _served(self, listener: socket.socket) -> AsyncIterator[None]:
         """Answer requests while the block runs; at its end finish those under way, within `stop_timeout`."""
         settings = self._settings
-        api = Api(self._node, self._store, settings, self._node.followers, Metrics(self._node.status))
+        api = Api(
+            self._node, self._store, settings, self._node.followers, Metrics(self._node.status, self._store.figures)
+        )
         # The API answers every error itself. What aiohttp would log is clients' broken requests: no change of state.
         quiet = logging.getLogger("mehdb.http")
         quiet.setLevel(logging.CRITICAL)

@@ -27,6 +27,7 @@ SIZE_UNITS: Final = {"": 1, "b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10*
 ACKS_MAX: Final = 100  # as many followers as a leader lists
 WAIT_S_MAX: Final = 60.0  # proxies and clients give up on a silent connection at about this age
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+LOG_FORMATS: Final = ("text", "json")
 
 
 def _text(pattern: re.Pattern[str], what: str) -> Callable[[str], str]:
@@ -210,6 +211,9 @@ class Settings:
         "Have this node pass writes on to the leader, in place of a redirect.", "off",
     )  # fmt: skip
     log_level: str = _setting("MEHDB_LOG_LEVEL", _choice(*LOG_LEVELS), "info", f"One of {', '.join(LOG_LEVELS)}.")
+    log_format: str = _setting(
+        "MEHDB_LOG_FORMAT", _choice(*LOG_FORMATS), "text", "text, or json: an object on each line."
+    )
     fqdn: str | None = None
     """The pod's own DNS name; None outside Kubernetes. Found, not set."""
 

@@ -292,7 +292,7 @@ def test_a_start_and_a_stop_are_a_line_each(cluster: Cluster) -> None:
         node.put(f"k/{number}", b"value that no log may show")
     node.stop()
     events = [re.split(r"logger=mehdb\.\w+ ", line)[1].split()[0] for line in node.log.splitlines()]
-    assert events == ["started", "leading", "draining", "stopping", "stopped"]
+    assert events == ["started", "recovering", "leading", "draining", "stopping", "stopped"]
     assert "no log may show" not in node.log
 
 

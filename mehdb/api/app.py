@@ -7,18 +7,19 @@ import logging
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from math import ceil, inf
-from time import monotonic, time
+from time import monotonic, perf_counter, time
 from typing import Final, NamedTuple
 
 from aiohttp import web
 
 from mehdb import __version__
 from mehdb.api.acks import Acks
-from mehdb.api.answers import JOIN_BYTES_MAX, Answer, Sending, StreamedAnswer, error_answer
+from mehdb.api.answers import JOIN_BYTES_MAX, WAITED_S, Answer, Sending, StreamedAnswer, error_answer
 from mehdb.api.batch import BatchRoutes
 from mehdb.api.bodies import Bodies
 from mehdb.api.consistency import AS_OF, Reads
 from mehdb.api.data import DataRoutes
+from mehdb.api.debug import DebugRoutes
 from mehdb.api.forward import ToLeader
 from mehdb.api.listing import ListingRoutes
 from mehdb.api.node import NodeView
@@ -58,6 +59,7 @@ class Api:
         status = StatusRoutes(node, metrics)
         replication = ReplicationRoutes(node, store, followers, settings.snapshot_lag)
         snapshots = SnapshotRoutes(node, store)
+        debug = DebugRoutes()
         # A route that ends in a slash is a prefix: what follows it is the key.
         self._routes: dict[str, dict[str, Handler]] = {
             "/get/": {"GET": data.get, "HEAD": data.get},
@@ -75,6 +77,8 @@ class Api:
             "/position": {"GET": replication.position, "HEAD": replication.position},
             "/replicate": {"GET": replication.replicate},
             "/snapshot": {"GET": snapshots.snapshot},
+            "/debug/tasks": {"GET": debug.tasks},
+            "/debug/threads": {"GET": debug.threads},
         }
         self._node = node
         self._store = store
@@ -89,6 +93,7 @@ class Api:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer *request*. Never raises but for a client that has gone."""
+        begun_s = perf_counter()
         route, method, query = UNKNOWN, request.method, ""
         as_of_s = self._as_of_s()  # before anything is read: what the answer shows is no older
         try:
@@ -107,7 +112,10 @@ class Api:
             answer = error_answer(
                 MehdbError("an unexpected error, see the node's log: whether it was written is unknown")
             )
-        self._metrics.count_request(route, method if method in self._routes.get(route, ()) else UNKNOWN, answer.status)
+        # The head of the answer is all that is measured: how fast a client reads says nothing about this node.
+        duration_s = perf_counter() - begun_s - (request.get(WAITED_S, 0.0) if query else 0.0)
+        known = method if method in self._routes.get(route, ()) else UNKNOWN
+        self._metrics.count_request(route, known, answer.status, duration_s)
         if isinstance(answer, Answer):
             if query:  # or it was not read before something was waited for
                 as_of_s = request.get(AS_OF, as_of_s)
@@ -120,7 +128,7 @@ class Api:
     def refuse(self, request: web.BaseRequest, error: MehdbError) -> web.StreamResponse:
         """Answer *error* to a *request* that could not be parsed, and end the connection."""
         answer = error_answer(error)
-        self._metrics.count_request(UNKNOWN, UNKNOWN, answer.status)
+        self._metrics.count_request(UNKNOWN, UNKNOWN, answer.status, 0.0)  # there is no telling when its head began
         answer.complete(request, self._common_headers(0, self._as_of_s()), self._sending, last=True)
         return answer
 
