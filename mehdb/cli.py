@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
-from mehdb import __version__
+from mehdb import __version__, logs
 from mehdb.client.commands import register
 from mehdb.client.flags import Shown, with_flags
 from mehdb.errors import MehdbError, Refused, SettingsError
@@ -17,6 +17,8 @@ from mehdb.progress import progress_bar
 from mehdb.settings import SETTINGS, base_url, flag, is_switch, load
 
 T = TypeVar("T")
+
+log = logging.getLogger("mehdb.cli")
 
 EXIT_FAILED: Final = 1
 DATA_DIR: Final = Path("data")  # as `mehdb serve` has it
@@ -100,23 +102,23 @@ def serve(
     acks_timeout: Annotated[str | None, _option("acks_timeout")] = None,
     forward_writes: Annotated[bool, _option("forward_writes")] = False,
     log_level: Annotated[str | None, _option("log_level")] = None,
+    log_format: Annotated[str | None, _option("log_format")] = None,
 ) -> None:
     """Run one node. SIGTERM and SIGINT finish what is queued, close the store and exit 0."""
-    flags = context.params
-    settings = load(
-        {name: ("yes" if given else None) if isinstance(given, bool) else given for name, given in flags.items()}
-    )
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        stream=sys.stderr,
-        format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request, we log changes of state
+    given = context.params.items()
+    settings = load({name: ("yes" if one else None) if isinstance(one, bool) else one for name, one in given})
+    logs.set_up(settings.log_level, settings.log_format)
     import uvloop
 
     from mehdb import life
 
-    uvloop.run(life.run(settings))
+    try:
+        uvloop.run(life.run(settings))
+    except MehdbError as error:
+        if settings.log_format == "text":
+            raise
+        log.error('failed code=%s reason="%s"', error.code, error)  # noqa: TRY400  the reason says it all
+        raise typer.Exit(EXIT_USAGE if isinstance(error, SettingsError) else EXIT_FAILED) from error
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from mehdb import control
+from mehdb import __version__, control
 from mehdb.api import ControlApi, Ports
 from mehdb.credentials import Credentials
 from mehdb.errors import Damaged, DiskFull, MehdbError, SettingsError, StoreFailed
@@ -80,9 +80,9 @@ class Life:
             await stack.enter_async_context(self._controlled())
             await stack.enter_async_context(self._served(listener, health_listener))
             log.info(
-                "started node=%s role=%s listen=%s port=%d data_dir=%s revision=%d leader=%s",
-                self._node.name, self._node.role, settings.listen, settings.port, settings.data_dir, self._store.head,
-                self._leadership.leader_url or "self",
+                "started node=%s role=%s version=%s listen=%s port=%d data_dir=%s revision=%d leader=%s",
+                self._node.name, self._node.role, __version__, settings.listen, settings.port, settings.data_dir,
+                self._store.head, self._leadership.leader_url or "self",
             )  # fmt: skip
             self._tell_who_is_let_in()
             await self._supervise()
@@ -263,7 +263,7 @@ class Life:
     async def _served(self, listener: socket.socket, health_listener: socket.socket | None) -> AsyncIterator[None]:
         """Answer requests while the block runs; at its end finish those under way, within `stop_timeout`."""
         node = self._node
-        metrics = Metrics(node.status)
+        metrics = Metrics(node.status, self._store.figures)
         ports = Ports(node, self._store, self._settings, node.followers, metrics, self._tokens, self._credentials)
         try:
             await ports.open(listener, health_listener)

@@ -173,7 +173,7 @@ class Node:
             keys=meta.keys,
             queue_bytes=self._store.queue_bytes,
             leader=self.part.status() if isinstance(self.part, Follower) else None,
-            followers=self.followers.status(meta.head),
+            followers=self.followers.status(meta.head, self._store.came_at_s),
             uptime_seconds=round(monotonic() - self._started_at_s, 3),
             version=__version__,
             commits=self._store.commits,

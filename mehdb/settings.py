@@ -30,6 +30,7 @@ WAIT_S_MAX: Final = 60.0  # proxies and clients give up on a silent connection a
 EVERYWHERE: Final = "0.0.0.0"  # noqa: S104  a pod's port is its API
 LOOPBACK: Final = "127.0.0.1"
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+LOG_FORMATS: Final = ("text", "json")
 
 
 def _text(pattern: re.Pattern[str], what: str) -> Callable[[str], str]:
@@ -236,6 +237,9 @@ class Settings:
         "Have this node pass writes on to the leader, in place of a redirect.", "off",
     )  # fmt: skip
     log_level: str = _setting("MEHDB_LOG_LEVEL", _choice(*LOG_LEVELS), "info", f"One of {', '.join(LOG_LEVELS)}.")
+    log_format: str = _setting(
+        "MEHDB_LOG_FORMAT", _choice(*LOG_FORMATS), "text", "text, or json: an object on each line."
+    )
     fqdn: str | None = None
     """The pod's own DNS name; None outside Kubernetes. Found, not set."""
 

@@ -1,8 +1,11 @@
 """What Prometheus reads: every metric of a node, from its status and its counters."""
 
+from collections.abc import Callable
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from mehdb.figures import CHANGES, SECONDS, Histogram, StoreFigures, Transfers
 from mehdb.metrics import CONTENT_TYPE, Metrics
 from mehdb.model import Epoch, FollowerStatus, History, LeaderStatus, NodeStatus, Revision, Role, State
 
@@ -19,6 +22,21 @@ def status(**fields: object) -> NodeStatus:
         "commits": 4, "free_bytes": 1 << 33,
     }  # fmt: skip
     return NodeStatus(**usual | fields)  # type: ignore[arg-type]
+
+
+def figures(**fields: object) -> StoreFigures:
+    """Return the figures of a store that has done nothing, but for *fields*."""
+    nothing = {
+        "commit_seconds": Histogram(SECONDS).distribution(), "commit_changes": Histogram(CHANGES).distribution(),
+        "sync_seconds": Histogram(SECONDS).distribution(), "compaction_backlog_changes": 0, "compacted_changes": 0,
+        "volume_size_bytes": 1 << 34, "store_size_bytes": 1 << 20, "wal_size_bytes": 1 << 16,
+        "sent": Transfers(), "taken": Transfers(),
+    }  # fmt: skip
+    return StoreFigures(**nothing | fields)  # type: ignore[arg-type]
+
+
+def metrics_of(look: Callable[[], NodeStatus] = status, work: Callable[[], StoreFigures] = figures) -> Metrics:
+    return Metrics(look, work)
 
 
 def samples(metrics: Metrics) -> Samples:
@@ -38,7 +56,7 @@ def of(found: Samples, name: str) -> dict[str, float]:
 
 
 def test_a_status_becomes_gauges() -> None:
-    found = samples(Metrics(status))
+    found = samples(metrics_of())
     gauges = {
         "ready": 1, "keys": 5, "revision": 7, "floor": 2, "epoch": 3, "queue_bytes": 11, "volume_free_bytes": 1 << 33,
         "damaged": 0,
@@ -47,13 +65,15 @@ def test_a_status_becomes_gauges() -> None:
 
 
 def test_damage_is_told_by_a_1_whatever_it_is() -> None:
-    assert samples(Metrics(lambda: status(damage="revision 7 does not match its checksum")))["mehdb_damaged", ()] == 1
+    assert (
+        samples(metrics_of(lambda: status(damage="revision 7 does not match its checksum")))["mehdb_damaged", ()] == 1
+    )
 
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("role", Role)
 def test_exactly_one_role_and_one_state_is_1(role: Role, state: State) -> None:
-    found = samples(Metrics(lambda: status(role=role, state=state, ready=state is State.SERVING)))
+    found = samples(metrics_of(lambda: status(role=role, state=state, ready=state is State.SERVING)))
     assert of(found, "mehdb_role") == {one: float(one == role) for one in Role}
     assert of(found, "mehdb_state") == {one: float(one == state) for one in State}
     assert found["mehdb_ready", ()] == (state is State.SERVING)
@@ -66,35 +86,35 @@ def test_the_status_is_asked_at_each_scrape_and_not_before() -> None:
         asked.append(1)
         return status(revision=Revision(len(asked)))
 
-    metrics = Metrics(look)
+    metrics = metrics_of(look)
     assert not asked
     assert [samples(metrics)["mehdb_revision", ()] for _ in range(3)] == [1, 2, 3]
 
 
 def test_a_leader_tells_the_lag_of_each_follower() -> None:
     followers = (FollowerStatus("mehdb-1", Revision(7), 0, 0.1), FollowerStatus("mehdb-2", Revision(4), 3, 0.1))
-    found = samples(Metrics(lambda: status(followers=followers)))
+    found = samples(metrics_of(lambda: status(followers=followers)))
     assert of(found, "mehdb_follower_lag_revisions") == {"mehdb-1": 0, "mehdb-2": 3}
     assert ("mehdb_lag_revisions", ()) not in found
 
 
 def test_a_follower_tells_its_own_lag_once_it_knows() -> None:
     unheard = LeaderStatus("http://mehdb-0:9876", None, None, None)
-    found = samples(Metrics(lambda: status(role=Role.FOLLOWER, leader=unheard)))
+    found = samples(metrics_of(lambda: status(role=Role.FOLLOWER, leader=unheard)))
     unknown = {"mehdb_lag_revisions", "mehdb_leader_heard_seconds", "mehdb_staleness_seconds"}
     assert not unknown & {name for name, _ in found}
     heard = LeaderStatus("http://mehdb-0:9876", Revision(9), 2, 0.25, staleness_seconds=0.5)
-    found = samples(Metrics(lambda: status(role=Role.FOLLOWER, leader=heard)))
+    found = samples(metrics_of(lambda: status(role=Role.FOLLOWER, leader=heard)))
     assert (found["mehdb_lag_revisions", ()], found["mehdb_leader_heard_seconds", ()]) == (2, 0.25)
     assert found["mehdb_staleness_seconds", ()] == 0.5
 
 
 def test_requests_are_counted_by_route_method_and_status() -> None:
-    metrics = Metrics(status)
+    metrics = metrics_of()
     for _ in range(3):
-        metrics.count_request("/get/", "GET", 200)
-    metrics.count_request("/get/", "GET", 404)
-    metrics.count_request("unknown", "unknown", 404)
+        metrics.count_request("/get/", "GET", 200, 0.001)
+    metrics.count_request("/get/", "GET", 404, 0.001)
+    metrics.count_request("unknown", "unknown", 404, 0.001)
     found = {labels: value for (name, labels), value in samples(metrics).items() if name == "mehdb_requests_total"}
     assert found == {
         (("method", "GET"), ("route", "/get/"), ("status", "200")): 3,
@@ -104,13 +124,13 @@ def test_requests_are_counted_by_route_method_and_status() -> None:
 
 
 def test_the_process_and_its_python_are_told_too() -> None:
-    names = {name for name, _ in samples(Metrics(status))}
+    names = {name for name, _ in samples(metrics_of())}
     assert {"process_resident_memory_bytes", "process_open_fds", "process_cpu_seconds_total", "python_info"} <= names
 
 
 def test_nodes_of_one_process_share_nothing() -> None:
-    first, second = Metrics(status), Metrics(status)
-    first.count_request("/get/", "GET", 200)
+    first, second = metrics_of(), metrics_of()
+    first.count_request("/get/", "GET", 200, 0.001)
     assert not any(name == "mehdb_requests_total" for name, _ in samples(second))
 
 

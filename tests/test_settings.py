@@ -58,6 +58,7 @@ EACH: Final = [
     ("acks_timeout", "MEHDB_ACKS_TIMEOUT", "0.5", 0.5, 5.0),
     ("forward_writes", "MEHDB_FORWARD_WRITES", "yes", True, False),
     ("log_level", "MEHDB_LOG_LEVEL", "WARNING", "warning", "info"),
+    ("log_format", "MEHDB_LOG_FORMAT", "JSON", "json", "text"),
 ]  # fmt: skip
 TLS: Final = {"tls_cert": "/tls/tls.crt", "tls_key": "/tls/tls.key", "tls_ca": "/tls/ca.crt"}
 BESIDE: Final[dict[str, dict[str, str | None]]] = {
@@ -102,6 +103,7 @@ BAD: Final = [
     ("acks", ["-1", "101", "1.5", "all"]),
     ("acks_timeout", ["-1", "61", "nan", "soon"]),
     ("log_level", ["loud", "infos", "info,debug"]),
+    ("log_format", ["xml", "jsonl", "text,json"]),
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@
     status.py     /status, /livez, /readyz, /metrics
     replicate.py  /position, /replicate, and who pulls from this node
     snapshot.py   /snapshot
+    debug.py      /debug/tasks, /debug/threads: where the process stands
     control.py    `ControlApi`: what an operator's commands ask of the node on their machine
     node.py       `NodeView`: what the API must know of the node it speaks for
 

@@ -6,14 +6,14 @@ It reads the raw target: aiohttp's own router would decode `a%2Fb` and `a/b` bef
 import logging
 from email.utils import formatdate
 from math import ceil, inf
-from time import monotonic, time
+from time import monotonic, perf_counter, time
 from typing import Final, NamedTuple
 
 from aiohttp import web
 
 from mehdb import __version__
 from mehdb.api.access import Gate, Need
-from mehdb.api.answers import JOIN_BYTES_MAX, Answer, Sending, StreamedAnswer, error_answer
+from mehdb.api.answers import JOIN_BYTES_MAX, WAITED_S, Answer, Sending, StreamedAnswer, error_answer
 from mehdb.api.consistency import AS_OF
 from mehdb.api.node import NodeView
 from mehdb.api.requests import target
@@ -46,6 +46,7 @@ class Api:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer *request*. Never raises but for a client that has gone."""
+        begun_s = perf_counter()
         route, method, query = UNKNOWN, request.method, ""
         as_of_s = self._as_of_s()  # before anything is read: what the answer shows is no older
         try:
@@ -68,7 +69,9 @@ class Api:
                 MehdbError("an unexpected error, see the node's log: whether it was written is unknown")
             )
         known = route in self._routes and method in self._routes[route].handlers
-        self._metrics.count_request(route, method if known else UNKNOWN, answer.status)
+        # The head of the answer is all that is measured: how fast a client reads says nothing about this node.
+        duration_s = perf_counter() - begun_s - (request.get(WAITED_S, 0.0) if query else 0.0)
+        self._metrics.count_request(route, method if known else UNKNOWN, answer.status, duration_s)
         if isinstance(answer, Answer):
             if query:  # or it was not read before something was waited for
                 as_of_s = request.get(AS_OF, as_of_s)
@@ -81,7 +84,7 @@ class Api:
     def refuse(self, request: web.BaseRequest, error: MehdbError) -> web.StreamResponse:
         """Answer *error* to a *request* that could not be parsed, and end the connection."""
         answer = error_answer(error)
-        self._metrics.count_request(UNKNOWN, UNKNOWN, answer.status)
+        self._metrics.count_request(UNKNOWN, UNKNOWN, answer.status, 0.0)  # there is no telling when its head began
         answer.complete(request, self._common_headers(0, self._as_of_s()), self._sending, last=True)
         return answer
 

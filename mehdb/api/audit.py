@@ -20,6 +20,7 @@ log = logging.getLogger("mehdb.audit")
 LINES_AT_ONCE: Final = 100  # a burst is told whole
 LINES_PER_S: Final = 10.0
 PEER: Final = struct.Struct("3i")  # struct ucred: process, user, group (unix(7))
+NOBODY: Final = "-"
 TEXT_MAX: Final = 256  # characters of what a client sent
 
 
@@ -39,24 +40,27 @@ class Audit:
             self._suppressed += 1
             return
         log.warning(
-            "denied code=%s %s needs=%s suppressed=%d",
-            error.code, _whose(request, route, grant), error.details.get("needs"),
-            self._suppressed,
+            'denied token=%s from=%s certificate="%s" via=%s method=%s route=%s target="%s" '
+            'code=%s needs=%s suppressed=%d',
+            *_who(request, route, grant), error.code, error.details.get("needs"), self._suppressed,
         )  # fmt: skip
         self._suppressed = 0
 
     def refused(self, address: str, reason: str) -> None:
         """Take down that no connection was made with who is at *address*: it shows no certificate, or talks no TLS."""
         self._metrics.count_denied(HANDSHAKE)
-        if self._may_tell():
-            log.warning("refused from=%s reason=%s suppressed=%d", address, _quoted(reason), self._suppressed)
-            self._suppressed = 0
-        else:
+        if not self._may_tell():
             self._suppressed += 1
+            return
+        log.warning('refused from=%s reason="%s" suppressed=%d', address, reason, self._suppressed)
+        self._suppressed = 0
 
     def administrative(self, request: web.BaseRequest, route: str, grant: Grant | None) -> None:
         """Take down that *request* is let in, which is for operators."""
-        log.info("administrative %s", _whose(request, route, grant))
+        log.info(
+            'administrative token=%s from=%s certificate="%s" via=%s method=%s route=%s target="%s"',
+            *_who(request, route, grant),
+        )
 
     def _may_tell(self) -> bool:
         """Return whether there is a line left: they come back with time."""
@@ -76,30 +80,19 @@ def local(request: web.BaseRequest) -> None:
     log.info("administrative from=socket pid=%d uid=%d method=%s route=%s", pid, uid, request.method, request.path)
 
 
-def _whose(request: web.BaseRequest, route: str, grant: Grant | None) -> str:
-    """Return who asked for what."""
-    certificate = request.get_extra_info("peercert")
-    parts = [
-        f"token={grant.name if grant else '-'}",
-        f"from={request.remote or '-'}",
-        f"method={_quoted(request.method)}",
-        f"route={route}",
-        f"target={_quoted(request.raw_path)}",
-    ]
-    if certificate:
-        parts.append(f"certificate={_quoted(_common_name(certificate))}")
-    if via := request.headers.get("Mehdb-Forwarded"):
-        parts.append(f"via={_quoted(via)}")
-    return " ".join(parts)
+def _who(request: web.BaseRequest, route: str, grant: Grant | None) -> tuple[str, ...]:
+    """Return who asked for what, in the order of the lines above."""
+    return (
+        grant.name if grant else NOBODY,
+        request.remote or NOBODY,
+        _common_name(request.get_extra_info("peercert")),
+        request.headers.get("Mehdb-Forwarded", NOBODY)[:TEXT_MAX],
+        request.method,
+        route,
+        request.raw_path[:TEXT_MAX],
+    )
 
 
-def _common_name(certificate: dict[str, tuple[tuple[tuple[str, str], ...], ...]]) -> str:
-    names = [value for part in certificate.get("subject", ()) for name, value in part if name == "commonName"]
-    return names[0] if names else ""
-
-
-def _quoted(text: str) -> str:
-    """Return what a client sent, in quotes, on one line, and not too long."""
-    shown = text if len(text) <= TEXT_MAX else text[:TEXT_MAX] + "…"
-    escaped = shown.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in escaped) + '"'
+def _common_name(certificate: dict[str, tuple[tuple[tuple[str, str], ...], ...]] | None) -> str:
+    names = [value for part in (certificate or {}).get("subject", ()) for name, value in part if name == "commonName"]
+    return names[0] if names else NOBODY

@@ -10,6 +10,7 @@ from mehdb.api.acks import Acks
 from mehdb.api.batch import BatchRoutes
 from mehdb.api.consistency import Reads
 from mehdb.api.data import DataRoutes
+from mehdb.api.debug import DebugRoutes
 from mehdb.api.forward import ToLeader
 from mehdb.api.listing import ListingRoutes
 from mehdb.api.node import NodeView
@@ -55,6 +56,7 @@ def all_routes(
     watches = WatchRoutes(node, store)
     replication = ReplicationRoutes(node, store, followers, settings.snapshot_lag)
     snapshots = SnapshotRoutes(node, store)
+    debug = DebugRoutes()
     return {
         "/get/": Route(Right.READ, _read(data.get)),
         "/set/": Route(Right.WRITE, {"PUT": data.set}),
@@ -69,6 +71,8 @@ def all_routes(
         "/position": Route(Right.REPLICATE, _read(replication.position)),
         "/replicate": Route(Right.REPLICATE, {"GET": replication.replicate}),
         "/snapshot": Route(Right.REPLICATE, {"GET": snapshots.snapshot}),
+        "/debug/tasks": Route(Right.ADMIN, {"GET": debug.tasks}),
+        "/debug/threads": Route(Right.ADMIN, {"GET": debug.threads}),
     }
 
 

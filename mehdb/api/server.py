@@ -93,7 +93,7 @@ class ApiServer(web.Server):
         """Log the first connection too many, and again only after a time without."""
         now = monotonic()
         if now - self._crowded_at_s >= CALM_S:
-            log.warning("too many connections max_connections=%d: closing the longest idle", self._connections_max)
+            log.warning("too many connections, closing the longest idle max_connections=%d", self._connections_max)
         self._crowded_at_s = now
 
 

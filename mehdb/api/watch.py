@@ -184,7 +184,7 @@ class WatchAnswer(StreamedAnswer):
             except ConnectionError:
                 raise  # the client has gone: nobody is left to tell
             except Exception:  # an answer is under way: another one must not be put into it
-                log.exception("unexpected route=/watch method=GET")
+                log.exception("unexpected route=%s method=%s", "/watch", request.method)
                 self._end(transport, MehdbError("an unexpected error, see the node's log: watch again"))
 
     async def _stream(self, request: web.BaseRequest, transport: Transport) -> None:

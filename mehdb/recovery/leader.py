@@ -28,7 +28,7 @@ from mehdb.recovery.rounds import Rounds
 from mehdb.recovery.table import CatchUp, Decision, Lead, Own, Peers, Refuse, TakeSnapshot, Wait, contradiction, decide
 from mehdb.roles import Leadership
 from mehdb.store import Store
-from mehdb.transfer import fetch
+from mehdb.transfer import ProgressLog, fetch
 
 log = logging.getLogger("mehdb.recovery")
 
@@ -95,6 +95,7 @@ class Leader:
 
     async def run(self) -> None:
         """Recover and lead, for ever."""
+        log.info("recovering revision=%d peers=%d", self._store.head, len(self._peers))
         try:
             while True:
                 await self._recover()
@@ -253,7 +254,8 @@ class Leader:
         store, before = self._store, self._store.reached()
         damaged = store.damaged is not None
         try:
-            meta = await fetch(peer, store.incoming)
+            with store.taken.under_way():
+                meta = await fetch(peer, store.incoming, ProgressLog(peer.url, store.taken))
             if before.history == meta.history and not await store.continued_by(store.incoming):
                 if peer.url in self._diverged and not damaged:
                     self._unclear |= {peer.url}
