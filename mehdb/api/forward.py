@@ -45,7 +45,8 @@ class ToLeader:
         self._node = node
         self._settings = settings
         self._bodies = bodies
-        self._leader = Peer(node.leader_url, CONNECTIONS_MAX) if node.leader_url is not None else None
+        at = node.leader_at
+        self._leader = Peer(at.url, CONNECTIONS_MAX, at) if at is not None else None
 
     async def close(self) -> None:
         """Close the connections to the leader."""
