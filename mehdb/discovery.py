@@ -1,8 +1,8 @@
 """The pods behind the headless Service that lists them ready or not, for when their names do not resolve.
 
-A pod's own name resolves while it is ready, and a resolver may hold "no such name" for half a minute after. The Service
-`mehdb-peers` publishes the addresses of all pods from their start on. Which node is at which of them, only that node can
-say. What follows from that is up to whoever asks.
+A pod's own name resolves while it is ready, and a resolver may hold "no such name" for half a minute after. The
+Service `mehdb-peers` publishes the addresses of all pods from their start on. Which node is at which of them, only that
+node can say. What follows from that is up to whoever asks.
 """
 
 import asyncio

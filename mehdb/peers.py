@@ -1,7 +1,7 @@
 """The client to another node: asks for pages, snapshots, its position and its status, with time limits on everything.
 
-It checks that an answer is one; what it means for this node is the replication's to decide. Where a node is, `route` finds
-out: anew whenever an address has failed, so a pod that moved is found at its new one.
+It checks that an answer is one; what it means for this node is the replication's to decide. Where a node is, `route`
+finds out: anew whenever an address has failed, so a pod that moved is found at its new one.
 """
 
 import asyncio
@@ -300,10 +300,10 @@ class Peer:
         obstacles = [await self._obstacle_at(address) for address in addresses]
         if None in obstacles:
             return
-        error = next((one for one in obstacles if not isinstance(one, ConnectionRefusedError)), obstacles[0])
-        if isinstance(error, ConnectionRefusedError):
-            raise PeerAbsent(f"{self.url}: nobody listens there") from error
-        raise PeerUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error  # it may come back, with data
+        for obstacle in obstacles:
+            if not isinstance(obstacle, ConnectionRefusedError):  # a machine that is off may come back, with data
+                raise PeerUnreachable(f"{self.url}: {type(obstacle).__name__}: {obstacle}") from obstacle
+        raise PeerAbsent(f"{self.url}: nobody listens there") from obstacles[0]
 
     async def _obstacle_at(self, address: str) -> OSError | None:
         """Return why *address* takes no connection, None if it does."""

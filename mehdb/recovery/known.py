@@ -1,7 +1,7 @@
 """The peers that a leader knows of, and what they say when they are asked.
 
-Three kinds: those in its settings, of which most may not exist; those that are listed behind `mehdb-peers`, ready or not,
-each of which exists; and guests, which have shown up by themselves, and may have moved since.
+Three kinds: those in its settings, of which most may not exist; those that are listed behind `mehdb-peers`, ready or
+not, each of which exists; and guests, which have shown up by themselves, and may have moved since.
 """
 
 import asyncio
@@ -70,16 +70,16 @@ class KnownPeers:
         said = _Said(self._node, epoch)
         listed = await self._listed(said)
         await self.forget_guests({peer.url for peer in listed})
-        peers = list(self._peers)  # others may show up meanwhile
+        peers, asked = list(self._peers), set[str]()  # others may show up meanwhile
         for start in range(0, len(peers), ASKED_AT_ONCE):
             several = peers[start : start + ASKED_AT_ONCE]
             answers = await _positions(several, end_s)
             for peer, answer in zip(several, answers, strict=True):
                 if not isinstance(answer, PeerAbsent):
                     said.note(peer, answer, may_be_known=peer.url in self.guests)
+                asked.update(peer.whereabouts.known)
             if all(isinstance(answer, PeerAbsent) for answer in answers):
                 break
-        asked = {address for peer in peers for address in peer.whereabouts.known}
         listed = [peer for peer in listed if peer.whereabouts.host not in asked]
         for peer, answer in zip(listed, await _positions(listed, end_s), strict=True):
             if refusing_is_silent or not isinstance(answer, PeerAbsent):
