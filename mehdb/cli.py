@@ -82,6 +82,7 @@ def serve(
     peers: Annotated[str | None, _option("peers")] = None,
     namespace: Annotated[str | None, _option("namespace")] = None,
     service: Annotated[str | None, _option("service")] = None,
+    peers_service: Annotated[str | None, _option("peers_service")] = None,
     local: Annotated[bool, _option("local")] = False,
     leader_ordinal: Annotated[str | None, _option("leader_ordinal")] = None,
     advertise_url: Annotated[str | None, _option("advertise_url")] = None,

@@ -6,22 +6,26 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Coroutine
+from functools import partial
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from mehdb import __version__, control
 from mehdb.api import ControlApi, Ports
 from mehdb.credentials import Credentials
+from mehdb.discovery import Neighbours
 from mehdb.errors import Damaged, DiskFull, MehdbError, SettingsError, StoreFailed
 from mehdb.expiry import expire
 from mehdb.metrics import Metrics
-from mehdb.model import DrainReport, NodeStatus, Role
+from mehdb.model import DrainReport, NodePosition, NodeStatus, Role
 from mehdb.node import OPENING, Node
 from mehdb.peers import Peer
 from mehdb.recovery import Leader
 from mehdb.replication import Follower
-from mehdb.roles import assign, peer_urls
+from mehdb.roles import address_url, assign, peer_urls, peers_service, pod_name, pod_url
+from mehdb.route import Whereabouts
 from mehdb.settings import Settings
 from mehdb.store import Store, StoreOptions
 from mehdb.tokens import Tokens
@@ -50,12 +54,14 @@ class Life:
         self._settings = settings
         self._store = store
         self._leadership = assign(settings)
-        self._node = Node(settings, self._leadership, store)
         self._tokens = Tokens(settings.tokens_file) if settings.tokens_file else None
         self._credentials = Credentials(
             settings.token_file, ca=settings.tls_ca, cert=settings.tls_cert, key=settings.tls_key,
             verify_clients=settings.tls_verify_clients,
         )  # fmt: skip
+        self._neighbours = _neighbours(settings, self._credentials)
+        self._leader_at = self._whereabouts_of_leader()
+        self._node = Node(settings, self._leadership, store, self._leader_at)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._one_operator = asyncio.Lock()
@@ -74,6 +80,8 @@ class Life:
             if settings.health_port is not None:
                 health_listener = stack.enter_context(_listener(settings, settings.health_port, "--health-port"))
             stack.push_async_callback(self._store.close)
+            if self._neighbours is not None:
+                stack.push_async_callback(self._neighbours.close)
             # What can pass or be mended is seen to while requests are answered; anything else ends it here.
             with contextlib.suppress(Damaged, DiskFull):
                 await self._store.start()
@@ -194,15 +202,32 @@ class Life:
     async def _play_once(self) -> None:
         await self._opened()
         async with contextlib.AsyncExitStack() as stack:
-            if self._leadership.leader_url is None:
+            if self._leader_at is None:
                 part: Leader | Follower = Leader(
-                    self._store, self._leadership, peer_urls(self._settings), self._credentials
-                )
+                    self._store, self._leadership, peer_urls(self._settings), self._credentials, self._neighbours,
+                    self._node.name,
+                )  # fmt: skip
             else:
-                leader = await stack.enter_async_context(Peer(self._leadership.leader_url, self._credentials))
+                at = self._leader_at
+                leader = await stack.enter_async_context(Peer(at.url, self._credentials, whereabouts=at))
                 part = Follower(self._store, leader, self._node.name)
             self._node.part = part
             await part.run()
+
+    def _whereabouts_of_leader(self) -> Whereabouts | None:
+        """Return where the leader is, for all that ask it; None on the leader."""
+        url, neighbours = self._leadership.leader_url, self._neighbours
+        if url is None:
+            return None
+        if neighbours is None:
+            return Whereabouts(url)
+
+        def is_over(one: NodePosition) -> bool:
+            meta = self._store.meta
+            return one.history == meta.history and one.epoch < meta.epoch
+
+        name = pod_name(self._settings, self._settings.leader_ordinal)
+        return Whereabouts(url, lambda: neighbours.leader(name, is_over))
 
     async def _opened(self) -> None:
         """Return when the store is open, or known to be damaged."""
@@ -281,6 +306,20 @@ class Life:
         for task in (finishing, hurry):
             task.cancel()
         await asyncio.wait([finishing, hurry])
+
+
+def _neighbours(settings: Settings, credentials: Credentials) -> Neighbours | None:
+    """Return the pods that are listed ready or not; None outside Kubernetes."""
+    service = peers_service(settings)
+    if service is None or settings.ordinal is None:
+        return None
+    return Neighbours(
+        service,
+        partial(address_url, settings),
+        credentials,
+        certified_as=urlsplit(pod_url(settings, settings.ordinal)).hostname,  # all pods mount one certificate
+        family=socket.AF_UNSPEC if ":" in settings.listen else socket.AF_INET,
+    )
 
 
 def _listener(settings: Settings, port: int, flag: str) -> socket.socket:

@@ -1,7 +1,7 @@
 """The client to another node: asks for pages, snapshots, its position and its status, with time limits on everything.
 
-It checks that an answer is one; what it means for this node is the replication's to decide. A name is resolved anew at
-each new connection, so a pod that moved is found at its new address.
+It checks that an answer is one; what it means for this node is the replication's to decide. Where a node is, `route`
+finds out: anew whenever an address has failed, so a pod that moved is found at its new one.
 """
 
 import asyncio
@@ -12,7 +12,6 @@ import hashlib
 import ipaddress
 import re
 import shutil
-import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -53,6 +52,8 @@ from mehdb.model import (
     error_message,
     is_history,
 )
+from mehdb.names import NameAbsent, NameUnknown, is_address
+from mehdb.route import Route, Whereabouts
 
 CONNECT_TIMEOUT_S: Final = 2.0  # a dead address answers nothing: one retry of the kernel's SYN
 ANSWER_TIMEOUT_S: Final = 2.5  # between two chunks of an answer: whoever works on one says so each second (102)
@@ -60,7 +61,6 @@ PAGE_TIMEOUT_S: Final = 60.0  # for a whole page of the largest size, beyond tha
 RELAY_RATE_MIN: Final = 1 << 20  # bytes per second, for a body that is passed on
 NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody: reading the system's authorities takes long
 HEADERS: Final = {"Mehdb-Heartbeat": "yes"}
-ABSENT_NAMES: Final = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 REPR_DIGEST: Final = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")  # RFC 9530
 WAITED: Final = "Mehdb-Waited"  # seconds that a peer held a request before it found that there is no more to give
 SECONDS: Final = re.compile(r"[0-9]{1,4}\.[0-9]{3}")
@@ -124,10 +124,20 @@ class Relayed:
 
 
 class Peer:
-    """One other node, at a base URL. An async context manager: leaving it closes the connections."""
+    """One other node, at a base URL. An async context manager: leaving it closes the connections.
 
-    def __init__(self, url: str, credentials: Credentials = ANONYMOUS, connections_max: int = 4) -> None:
+    *whereabouts* says where that is; others may share them. By default that is what the name resolves to.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        credentials: Credentials = ANONYMOUS,
+        connections_max: int = 4,
+        whereabouts: Whereabouts | None = None,
+    ) -> None:
         self.url = url
+        self.whereabouts = whereabouts or Whereabouts(url)
         self._credentials = credentials
         self._connections_max = connections_max
         self._clients: dict[ssl.SSLContext, httpx.AsyncClient] = {}
@@ -148,10 +158,8 @@ class Peer:
             keepalive_expiry=30,
         )
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        # trust_env: a proxy for the outside world must not come between two pods.
-        return httpx.AsyncClient(
-            base_url=self.url, headers=HEADERS, limits=limits, timeout=timeout, trust_env=False, verify=context
-        )
+        route = Route(self.whereabouts, context, limits)
+        return httpx.AsyncClient(base_url=self.url, headers=HEADERS, timeout=timeout, trust_env=False, transport=route)
 
     async def __aenter__(self) -> Self:
         return self
@@ -199,7 +207,8 @@ class Peer:
         return pull._replace(as_of_s=min(asked_at_s + waited_s, monotonic()))
 
     async def disconnect(self) -> None:
-        """Close every connection: the next one resolves the name anew, and may find another node there."""
+        """Close every connection, and look anew for where the peer is before the next one."""
+        self.whereabouts.forget()
         clients, self._clients = self._clients, {}
         for client in clients.values():
             await client.aclose()
@@ -241,7 +250,10 @@ class Peer:
                 f"nothing was written: the leader, {self.url}, is not reached ({type(error).__name__}): try again"
             ) from error
         except (httpx.HTTPError, OSError) as error:
+            self.whereabouts.forget()
             raise _unknown(self.url, error) from error
+        if answer.headers.get("Mehdb-Role") != Role.LEADER:  # its address is another's by now
+            self.whereabouts.forget()
         return Relayed(self.url, answer)
 
     async def download(self, path: Path, on_progress: Callable[[int, int], None]) -> Download:
@@ -294,29 +306,31 @@ class Peer:
 
     async def _require_presence(self) -> None:
         """Raise `PeerAbsent` if the peer's name does not resolve, or nobody listens at its address."""
-        url = httpx.URL(self.url)
-        port = url.port or {"http": 80, "https": 443}[url.scheme]
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
-        except socket.gaierror as error:
-            if error.errno in ABSENT_NAMES:
-                raise PeerAbsent(f"{self.url}: the name does not resolve") from error
-            raise PeerUnreachable(f"{self.url}: whether the name resolves cannot be found out: {error}") from error
-        except UnicodeError as error:
-            raise PeerUnreachable(f"{self.url}: {url.host!r} is no name: {error}") from error
-        except TimeoutError as error:
-            raise PeerUnreachable(f"{self.url}: whether the name resolves cannot be found out in time") from error
-        if not _says_nothing(url.host, [str(address[0]) for *_, address in found]):
+            addresses = await self.whereabouts.resolved()
+        except NameAbsent as error:
+            raise PeerAbsent(f"{self.url}: {error}") from error
+        except NameUnknown as error:
+            raise PeerUnreachable(f"{self.url}: {error}") from error
+        if _says_something(self.whereabouts.host, addresses):
             return
+        obstacles = [await self._obstacle_at(address) for address in addresses]
+        if None in obstacles:
+            return
+        for obstacle in obstacles:
+            if not isinstance(obstacle, ConnectionRefusedError):  # a machine that is off may come back, with data
+                raise PeerUnreachable(f"{self.url}: {type(obstacle).__name__}: {obstacle}") from obstacle
+        raise PeerAbsent(f"{self.url}: nobody listens there") from obstacles[0]
+
+    async def _obstacle_at(self, address: str) -> OSError | None:
+        """Return why *address* takes no connection, None if it does."""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                _, writer = await asyncio.open_connection(url.host, port)
-                writer.close()
-        except ConnectionRefusedError as error:
-            raise PeerAbsent(f"{self.url}: nobody listens there") from error
-        except OSError as error:  # a machine that is off may come back, with data
-            raise PeerUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
+                _, writer = await asyncio.open_connection(address, self.whereabouts.port)
+        except OSError as error:
+            return error
+        writer.close()
+        return None
 
     def _understood(self, answer: httpx.Response, body: bytes, position: Position, seen: Epoch | None) -> Pull:
         """Return what an answer to `/replicate` means. *seen* is None where any node may answer."""
@@ -346,13 +360,9 @@ class Peer:
         return Pull(History(history), Epoch(int(epoch)), Revision(int(head)), page, state)
 
 
-def _says_nothing(host: str, addresses: list[str]) -> bool:
-    """Return whether that *host* resolves says nothing about the peer: it is an address, or this machine's."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return all(ipaddress.ip_address(address).is_loopback for address in addresses)
-    return True
+def _says_something(host: str, addresses: tuple[str, ...]) -> bool:
+    """Return whether that *host* resolves says that the peer exists: not if it is an address, or this machine's."""
+    return not is_address(host) and not all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 @contextlib.contextmanager

@@ -165,6 +165,11 @@ class Settings:
         "MEHDB_SERVICE", _text(DNS_LABEL, "Service name"), None,
         "Inside Kubernetes: the governing Service.", "from the pod's DNS name",
     )  # fmt: skip
+    peers_service: str | None = _setting(
+        "MEHDB_PEERS_SERVICE", _text(DNS_LABEL, "Service name"), None,
+        "Inside Kubernetes: the headless Service that lists all pods, ready or not (publishNotReadyAddresses).",
+        "the governing Service's name with -peers",
+    )  # fmt: skip
     local: bool = _setting(
         "MEHDB_LOCAL", _switch, None, f"Follow a leader at {LOCAL_LEADER_URL}, as the Go mehdb did.", "off"
     )

@@ -35,6 +35,7 @@ EACH: Final = [
     ),
     ("namespace", "MEHDB_NAMESPACE", "shop", "shop", None),
     ("service", "MEHDB_SERVICE", "kv-2", "kv-2", None),
+    ("peers_service", "MEHDB_PEERS_SERVICE", "kv-all", "kv-all", None),
     ("local", "MEHDB_LOCAL", "true", True, False),
     ("leader_ordinal", "MEHDB_LEADER_ORDINAL", "5", 5, 0),
     (
@@ -99,6 +100,7 @@ BAD: Final = [
     ("disk_reserve", ["-1", "10%", "2TiB", "1025GiB"]),
     ("retain_changes", ["0", "-1", "1k", "1000000000001"]),
     ("snapshot_lag", ["0", "-1", "1e5", "1000000000001"]),
+    ("peers_service", ["Mehdb", "a.b", "-a", "a" * 64]),
     ("health_port", ["0", "65536", "http"]),
     ("acks", ["-1", "101", "1.5", "all"]),
     ("acks_timeout", ["-1", "61", "nan", "soon"]),

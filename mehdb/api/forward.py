@@ -28,7 +28,7 @@ WAIT_S: Final = 5.0  # what a request may wait for on the leader, where it does 
 ANSWER_S: Final = 10.0  # beyond that, until the head of an answer: a leader under load commits within seconds
 ASKED: Final = ("Authorization", "Content-Type", "Accept", "If-Match", "If-None-Match")  # of a request, to the leader
 ANSWERED: Final = frozenset(
-    b"allow date etag link retry-after server x-content-type-options".split()
+    b"allow date etag link retry-after server www-authenticate x-content-type-options".split()
 )  # of an answer, to the client, beside what frames it; and all that begin with:
 OURS: Final = b"mehdb-"
 NOT_IN_TARGET: Final = re.compile(rb"[^\x21-\x7e]")  # RFC 9112, 3.2: what some clients send all the same
@@ -46,7 +46,8 @@ class ToLeader:
         self._node = node
         self._settings = settings
         self.bodies = bodies
-        self._leader = Peer(node.leader_url, credentials, CONNECTIONS_MAX) if node.leader_url is not None else None
+        at = node.leader_at
+        self._leader = Peer(at.url, credentials, CONNECTIONS_MAX, at) if at is not None else None
 
     async def close(self) -> None:
         """Close the connections to the leader."""

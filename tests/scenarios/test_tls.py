@@ -105,7 +105,7 @@ def test_only_those_with_a_certificate_are_let_in(cluster: Cluster, authority: A
     with pytest.raises(httpx.TransportError):
         CLIENT.get(f"http://{ADDRESS}:{follower.port}/livez")
     assert re.search(
-        rf'logger=mehdb\.audit refused from={ADDRESS} reason=PEER_DID_NOT_RETURN_A_CERTIFICATE', follower.log
+        rf"logger=mehdb\.audit refused from={ADDRESS} reason=PEER_DID_NOT_RETURN_A_CERTIFICATE", follower.log
     )
     for port, node in zip(health_ports, cluster.nodes, strict=True):
         probes = f"http://{ADDRESS}:{port}"
