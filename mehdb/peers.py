@@ -60,6 +60,7 @@ ANSWER_TIMEOUT_S: Final = 2.5  # between two chunks of an answer: whoever works 
 PAGE_TIMEOUT_S: Final = 60.0  # for a whole page of the largest size, beyond that: 1 MiB/s
 RELAY_RATE_MIN: Final = 1 << 20  # bytes per second, for a body that is passed on
 NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody: reading the system's authorities takes long
+CLIENTS_MAX: Final = 2  # certificates are changed hours apart: what was asked with the last but one is over
 HEADERS: Final = {"Mehdb-Heartbeat": "yes"}
 REPR_DIGEST: Final = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")  # RFC 9530
 WAITED: Final = "Mehdb-Waited"  # seconds that a peer held a request before it found that there is no more to give
@@ -141,14 +142,18 @@ class Peer:
         self._credentials = credentials
         self._connections_max = connections_max
         self._clients: dict[ssl.SSLContext, httpx.AsyncClient] = {}
+        self._closing: asyncio.Task[None] | None = None
 
     @property
     def _client(self) -> httpx.AsyncClient:
-        """The client for the certificates of now. Another may have requests under way, with those of before."""
+        """The client for the certificates of now. One more may have requests under way, with those of before."""
         context = self._credentials.client if self.url.startswith("https:") else NO_TLS
         if context not in self._clients:
             # Made when it is first used: it takes milliseconds, and most pods that there might be do not exist.
             self._clients[context] = self._made(context)
+            if len(self._clients) > CLIENTS_MAX:
+                oldest = self._clients.pop(next(iter(self._clients)))
+                self._closing = asyncio.create_task(oldest.aclose(), name=f"close what was before to {self.url}")
         return self._clients[context]
 
     def _made(self, context: ssl.SSLContext) -> httpx.AsyncClient:
