@@ -50,8 +50,8 @@ async def test_compaction_tells_what_is_left_to_do_and_what_it_has_done(director
         assert store.figures().compacted_changes == 0
         for number in range(30):
             await put(store, b"k", b"%d" % number)
-        await until(lambda: store.figures().compacted_changes > 0, "a sweep")
-        await until(lambda: store.figures().compaction_backlog_changes <= 5, "its end")
+        await until(lambda: store.figures().compacted_changes > 0)
+        await until(lambda: store.figures().compaction_backlog_changes <= 5)
         assert store.figures().compacted_changes == store.head - store.meta.changes
 
 
