@@ -30,6 +30,9 @@ class Moments:
     def __init__(self) -> None:
         self._moments: list[_Moment] = []  # each later than the one before, in revisions and in time
 
+    def __len__(self) -> int:
+        return len(self._moments)
+
     def note(self, head: Revision, at_s: float) -> None:
         """Take down that *head* is the newest revision at *at_s*. Where it has gone back, another store is there."""
         last = self._moments[-1] if self._moments else None
