@@ -1,7 +1,7 @@
-"""The image that the Dockerfile stands on: the one that it names, or where no registry can be reached a Debian of our own.
+"""The image that the Dockerfile stands on: the one that it names, or where no registry can be reached a Debian.
 
-What stands in is a Debian with `python3` and `venv`, made by debootstrap from the mirror that this machine installs from,
-and without the manual pages and translations that slim images come without. It is made once and kept in a cache.
+That has `python3` and `venv`, is made by debootstrap from the mirror that this machine installs from, and lacks the
+manual pages and translations that slim images come without. It is made once and kept in a cache.
 """
 
 import configparser
@@ -21,13 +21,15 @@ RECIPE: Final = 1  # raised when what is made below changes
 MAKE_DEADLINE_S: Final = 400
 PULL_DEADLINE_S: Final = 120
 STAND_IN: Final = "localhost/mehdb-base"
-UNUSED: Final = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/cache/apt", "var/lib/apt/lists")
+UNUSED: Final = (
+    "usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/cache/apt", "var/lib/apt/lists",
+)  # fmt: skip
 MIRROR: Final = re.compile(r"^(?:URIs:|deb(?:\s+\[[^]]*\])?)\s+(https?://\S*debian/?)(?:\s|$)", re.MULTILINE)
 CACHE: Final = Path(os.environ.get("MEHDB_TEST_CACHE") or Path.home() / ".cache" / "mehdb")
 
 
 def base(engine: Engine) -> str:
-    """Return the name of an image to stand on: `BASE` of the environment, the Dockerfile's, or the one that stands in."""
+    """Return an image to stand on: `BASE` of the environment, the Dockerfile's, or the one that stands in for it."""
     given = os.environ.get("BASE")
     wanted = given or DOCKERFILE.all("ARG")[0].partition("=")[2]
     if engine.pull(wanted if "/" in wanted else f"docker.io/library/{wanted}", PULL_DEADLINE_S):

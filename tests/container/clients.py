@@ -1,11 +1,11 @@
-"""Clients in a container beside the pods: run by the image's own Python, with its libraries, they find nodes by DNS alone.
+"""Clients in a container beside the pods. They are run by the image's Python, and find the nodes by DNS alone.
 
     python clients.py JOURNAL SERVICE PORT
 
-Readers ask each address behind the Service in turn for one key, on connections that they keep; they look the Service up
-again when its answer is as old as its TTL, as a resolver with a cache would have them. Writers set keys of their own, on any
-of these addresses, follow the redirect, and go on to the next when that was acknowledged. Half of them ask for a follower's
-disk as well (`acks=1`). Each request becomes a line of the journal. SIGTERM ends them.
+Readers ask each address behind the Service in turn for one key, on connections that they keep. They look the Service
+up again when its answer is as old as its TTL, as a resolver with a cache would have them. Writers set keys of their own,
+on any of these addresses, follow the redirect, and go on to the next key when one was acknowledged. Half of them ask for
+a follower's disk as well (`acks=1`). Each request becomes a line of the journal. SIGTERM ends them.
 
 This file runs in the image, so that it imports nothing of the tests.
 """
@@ -79,7 +79,8 @@ def ask(client: httpx.Client, journal: Journal, kind: str, key: str, url: str, *
     status, body, revision, error, last = 0, b"", "", "", url
     try:
         answer = client.request("GET" if kind == "read" else "PUT", url, **options)
-        status, body, revision, last = answer.status_code, answer.content, answer.headers.get("ETag", ""), str(answer.url)
+        status, body, last = answer.status_code, answer.content, str(answer.url)
+        revision = answer.headers.get("ETag", "").strip('"')
     except httpx.HTTPError as failure:
         error = f"{type(failure).__name__}: {failure}"
         if failure._request is not None:  # noqa: SLF001  the one after a redirect, if that failed
@@ -87,8 +88,8 @@ def ask(client: httpx.Client, journal: Journal, kind: str, key: str, url: str, *
     good = status == 200 and (kind != "read" or body == VALUE)
     text = "" if good else body.decode(errors="replace")
     journal.add(
-        kind=kind, key=key, value=options.get("content", b"").decode(), begin_s=begin_s, end_s=time.monotonic(), first=url, last=last, status=status, good=good,
-        revision=revision.strip('"'), error=error, body=text,
+        kind=kind, key=key, value=options.get("content", b"").decode(), begin_s=begin_s, end_s=time.monotonic(),
+        first=url, last=last, status=status, good=good, revision=revision, error=error, body=text,
     )  # fmt: skip
     return good
 
@@ -103,14 +104,13 @@ def read(journal: Journal, service: Service, over: threading.Event) -> None:
                 journal.add(kind="nobody", begin_s=time.monotonic(), end_s=time.monotonic())
 
 
-def write(journal: Journal, service: Service, over: threading.Event, name: str, *, acks: bool) -> None:
-    """Write key after key, each until it is acknowledged."""
-    target = "?acks=1" if acks else ""
+def write(journal: Journal, service: Service, over: threading.Event, name: str, target: str) -> None:
+    """Write key after key, whose names begin with *name*, each until it is acknowledged."""
     number = tries = 0
     with httpx.Client(timeout=WRITE_TIMEOUT_S, trust_env=False, follow_redirects=True) as client:
         while not over.wait(WRITE_EVERY_S):
             if url := service.url():
-                key = f"{'acks' if acks else 'plain'}/{name}/{number:06}"
+                key = f"{name}/{number:06}"
                 tries += 1
                 if ask(client, journal, "write", key, f"{url}/set/{key}{target}", content=f"{key} {tries}".encode()):
                     number += 1
@@ -127,14 +127,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     with Path(path).open("a") as file:
         journal = Journal(file)
-        threads = [
-            threading.Thread(target=read, args=(journal, Service(name, int(port)), over)) for _ in range(READERS)
-        ] + [
-            threading.Thread(
-                target=write, args=(journal, Service(name, int(port)), over, str(number)), kwargs={"acks": number % 2 == 0}
-            )
-            for number in range(WRITERS)
-        ]
+        threads = []
+        for number in range(READERS + WRITERS):
+            usual = (journal, Service(name, int(port)), over)
+            if number < READERS:
+                threads.append(threading.Thread(target=read, args=usual))
+            elif number % 2:
+                threads.append(threading.Thread(target=write, args=(*usual, f"acks/{number}", "?acks=1")))
+            else:
+                threads.append(threading.Thread(target=write, args=(*usual, f"plain/{number}", "")))
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,28 +66,34 @@ class World:
     stateful_set: StatefulSet
     directory: Path
 
+    def use(self, template: dict[str, Any]) -> None:
+        """Have the pods made from *template* from now on."""
+        self.stateful_set.kubelet = Kubelet(
+            self.image.engine, self.network, self.image.name, template, self.directory, self.stateful_set.publish,
+            limits=self.image.limits,
+        )  # fmt: skip
+
     def load(self) -> Load:
         """Return clients, not started."""
-        directory = self.directory / "journal"
-        directory.mkdir()
         port = self.stateful_set.kubelet.port
         resolver = self.directory / "resolv.conf"
         service = self.stateful_set.service
-        return Load(self.image.engine, self.network, self.image.name, directory, resolver, service, port)
+        return Load(self.image.engine, self.network, self.image.name, self.directory, resolver, service, port)
 
 
 @pytest.fixture
 def world(image: Image) -> Iterator[World]:
     """A world for one test."""
-    # The containers' user must be able to pass through each folder above its volume, which those of pytest forbid.
-    directory = Path(tempfile.mkdtemp(prefix="mehdb-pods-"))
-    directory.chmod(0o755)
-    with own_network(), Network(directory) as network, DnsServer(GATEWAY, 53) as dns, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        # The containers' user must be able to pass through each folder above its volume, which those of pytest forbid.
+        directory = Path(tempfile.mkdtemp(prefix="mehdb-pods-"))
+        directory.chmod(0o755)
         stack.callback(shutil.rmtree, directory)
+        stack.enter_context(own_network())
+        network = stack.enter_context(Network(directory))
+        dns = stack.enter_context(DnsServer(GATEWAY, 53))
         pods = StatefulSet(STATEFUL_SET, dns)
-        template = STATEFUL_SET["spec"]["template"]
-        pods.kubelet = Kubelet(
-            image.engine, network, image.name, template, directory, pods.publish, limits=image.limits
-        )
         stack.callback(pods.end)
-        yield World(image, network, pods, directory)
+        one = World(image, network, pods, directory)
+        one.use(STATEFUL_SET["spec"]["template"])
+        yield one

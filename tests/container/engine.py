@@ -24,9 +24,12 @@ class CommandFailed(AssertionError):
 
 def run(*command: "str | Path", deadline_s: float = COMMAND_DEADLINE_S, **options: Any) -> str:
     """Return what *command* prints on standard output. It must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_s, check=False, **options)
+    shown = " ".join(map(str, command))
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_s, check=False, **options)
+    except subprocess.TimeoutExpired as error:
+        raise CommandFailed(f"`{shown}` takes longer than {deadline_s:g} s") from error
     if done.returncode:
-        shown = " ".join(map(str, command))
         raise CommandFailed(f"`{shown}` ended with {done.returncode}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     return done.stdout.strip()
 
@@ -100,7 +103,7 @@ runroot = "{state}"
         """Return whether the image *name* is here, or could be pulled."""
         try:
             self.podman("pull", "--quiet", name, deadline_s=deadline_s)
-        except (CommandFailed, subprocess.TimeoutExpired):
+        except CommandFailed:
             return False
         return True
 

@@ -1,8 +1,8 @@
 """A small kubelet: runs the pods of a StatefulSet's template in real containers, and does to them what a kubelet does.
 
-It reads the template of deploy/app.yaml and holds no numbers of its own. Probes run at their periods and count to their
-thresholds: the startup probe comes first, a liveness probe that fails restarts the container, readiness is told to whoever
-keeps the endpoints. A pod that is deleted gets preStop, SIGTERM, what is left of its grace period, and SIGKILL.
+It takes all numbers from the template. Probes run at their periods and count to their thresholds: the startup probe
+comes first, a liveness probe that fails restarts the container, readiness is told to whoever keeps the endpoints. A pod
+that is deleted gets preStop, SIGTERM, what is left of its grace period, and SIGKILL.
 """
 
 import contextlib
@@ -109,7 +109,7 @@ class Pod:
 
 
 class Kubelet:
-    """Runs pods of *template*, whose volumes are in *directory*, and tells *changed* whenever one's readiness changes."""
+    """Runs pods of *template*, with their volumes in *directory*. Calls *changed* when the readiness of one changes."""
 
     def __init__(
         self, engine: Engine, network: Network, image: str, template: dict[str, Any], directory: Path,
@@ -185,7 +185,7 @@ class Kubelet:
         assert container.over.wait(END_DEADLINE_S), f"{pod.name} does not end"
 
     def lose(self, pod: Pod, *, volume: bool) -> None:
-        """Lose the machine of a pod: it is neither reached nor heard from again. With it goes its *volume*, if so told."""
+        """Lose the machine of a pod: it is not heard from again. With it goes its *volume*, if so told."""
         pod.lost = True
         pod.deleted.set()
         pod.place.cut_off()

@@ -12,9 +12,11 @@ from typing import Final, Self
 import clients
 from engine import Engine, run
 from network import Network
+from sources import DOCKERFILE
 from stateful_set import Loss
 
 SCRIPT: Final = Path(clients.__file__)
+USER: Final = DOCKERFILE.all("USER", final=True)[0]
 DEADLINE_S: Final = 60.0
 BROKEN: Final = ("ReadError", "WriteError", "RemoteProtocolError")  # a connection that ended within a request
 
@@ -54,18 +56,19 @@ class Load:
         self._engine = engine
         self._place = network.place()
         self._image = image
-        self._directory = directory
+        self._journal = directory / "journal"
         self._resolver = resolver
         self._arguments = (service, str(port))
         self.entries: list[Entry] = []
 
     def __enter__(self) -> Self:
-        os.chown(self._directory, 10001, 10001)
+        self._journal.touch()
+        os.chown(self._journal, *(int(part) for part in USER.split(":")))
         self._engine.podman(
             "run", "--detach", "--name", "clients", "--network", f"ns:{self._place.namespace}",
-            f"--volume={SCRIPT}:/clients.py:ro", f"--volume={self._directory}:/journal",
+            f"--volume={SCRIPT}:/clients.py:ro", f"--volume={self._journal}:/journal", f"--user={USER}",
             f"--volume={self._resolver}:/etc/resolv.conf:ro", "--no-hosts", "--entrypoint", "/opt/mehdb/bin/python",
-            self._image, "/clients.py", "/journal/journal", *self._arguments,
+            self._image, "/clients.py", "/journal", *self._arguments,
         )  # fmt: skip
         return self
 
@@ -78,18 +81,23 @@ class Load:
         self.entries = self._read()
         assert "Traceback" not in said, said
 
-    def _read(self) -> list[Entry]:
-        lines = (self._directory / "journal").read_text().splitlines(keepends=True)
-        return [Entry(**json.loads(line)) for line in lines if line.endswith("\n")]
+    def _read(self, begin: int = 0) -> list[Entry]:
+        """Return what has been written from the byte *begin* on."""
+        with self._journal.open() as file:
+            file.seek(begin)
+            return [Entry(**json.loads(line)) for line in file if line.endswith("\n")]
 
     def wait_for_writes(self) -> None:
-        """Wait until each kind of writer has had a write acknowledged from now on."""
-        begin_s = monotonic()
-        while {entry.key.partition("/")[0] for entry in self._read() if entry.good and entry.begin_s > begin_s} < {
-            "acks", "plain", "read",
-        }:  # fmt: skip
-            assert monotonic() < begin_s + DEADLINE_S, "no write is acknowledged any more"
+        """Wait until each kind of request that is sent from now on has been answered well."""
+        begin, begin_s = self._journal.stat().st_size, monotonic()
+        seen: set[str] = set()
+        while seen < {"acks", "plain", "read"}:
+            assert monotonic() < begin_s + DEADLINE_S, f"only {seen} are answered any more"
             sleep(0.2)  # between two looks
+            if self._journal.stat().st_size > begin:
+                seen = {
+                    entry.key.partition("/")[0] for entry in self._read(begin) if entry.good and entry.begin_s > begin_s
+                }
 
     def curl(self, *arguments: "str | Path") -> str:
         """Return what curl prints, run where the clients are, with their DNS. It must succeed."""

@@ -1,8 +1,8 @@
 """A small StatefulSet controller, and the endpoints and DNS names that Kubernetes keeps for its pods.
 
-Pods are added in order, each when the one before is ready; one that has gone is made again; an update replaces them from
-the highest ordinal down. Names are kept up as CoreDNS does: under the governing Service for ready pods that stay, behind
-the Service for peers for all.
+Pods are added in order, each when the one before is ready; one that has gone is made again; an update replaces them
+from the highest ordinal down. Names are as in CoreDNS: under the governing Service those of ready pods that stay,
+behind the Service for peers all.
 """
 
 import random
@@ -30,7 +30,7 @@ class Loss:
 
 @dataclass
 class StatefulSet:
-    """The StatefulSet of *manifest*, with its names in *dns*. Its pods are run by the `kubelet`, set before the first."""
+    """The StatefulSet of *manifest*, with its names in *dns*. The `kubelet` is set before the first pod is made."""
 
     manifest: dict[str, Any]
     dns: DnsServer
@@ -56,7 +56,8 @@ class StatefulSet:
             ready = [pod for pod in pods if pod.ready.is_set() and (pod.lost or not pod.deleted.is_set())]
             records = {f"{pod.name}.{self.service}.{DOMAIN}": [pod.address] for pod in ready}
             records[f"{self.service}.{DOMAIN}"] = random.sample([pod.address for pod in ready], len(ready))
-            records[f"{self.service}-peers.{DOMAIN}"] = [pod.address for pod in pods if pod.lost or not pod.gone.is_set()]
+            all_there_are = [pod.address for pod in pods if pod.lost or not pod.gone.is_set()]
+            records[f"{self.service}-peers.{DOMAIN}"] = all_there_are
             self.dns.records = {name: addresses for name, addresses in records.items() if addresses}
 
     def scale(self, replicas: int) -> None:
