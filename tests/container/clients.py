@@ -3,9 +3,9 @@
     python clients.py JOURNAL SERVICE PORT
 
 Readers ask each address behind the Service in turn for one key, on connections that they keep. They look the Service
-up again when its answer is as old as its TTL, as a resolver with a cache would have them. Writers set keys of their own,
-on any of these addresses, follow the redirect, and go on to the next key when one was acknowledged. Half of them ask for
-a follower's disk as well (`acks=1`). Each request becomes a line of the journal. SIGTERM ends them.
+up again when its answer is as old as its TTL, as a resolver with a cache would have them. Writers set keys of their
+own, on any of these addresses, follow the redirect, and go on to the next key when one was acknowledged. Half of them
+ask for a follower's disk as well (`acks=1`). Each request becomes a line of the journal. SIGTERM ends them.
 
 This file runs in the image, so that it imports nothing of the tests.
 """
