@@ -115,7 +115,6 @@ runroot = "{state}"
         """Build the image *name* from the Dockerfile in *source*, with *mounts* to be read while it builds."""
         options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
         options += [f"--volume={path}:{target}:ro" for path, target in mounts.items()]
-        # In the OCI format labels, user and command are the same; Docker's is what `docker build` makes.
         self.buildah(
             "build", "--isolation", "chroot", "--format", "docker", *options, "--tag", name, source,
             deadline_s=BUILD_DEADLINE_S,

@@ -75,14 +75,15 @@ class Container:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to its first process, if that runs."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, number)
+        if not self.over.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, number)
 
-    def wait(self, seconds: float | None = None) -> bool:
-        """Return whether its first process ends in time."""
+    def wait(self) -> None:
+        """Wait until its first process has ended."""
         waiter = select.poll()
         waiter.register(self.pidfd, select.POLLIN)
-        return bool(waiter.poll(None if seconds is None else max(0, seconds) * 1000))
+        waiter.poll()
 
 
 @dataclass
@@ -92,7 +93,6 @@ class Pod:
     name: str
     volume: Path
     place: Place
-    created_s: float
     deleted: threading.Event = field(default_factory=threading.Event)
     lost: bool = False
     gone: threading.Event = field(default_factory=threading.Event)
@@ -132,7 +132,7 @@ class Kubelet:
     def start(self, name: str, service: str) -> Pod:
         """Have a new pod, with an address of its own, on the volume that *name* has or gets."""
         place = self._network.place()
-        pod = Pod(name, self.volume(name), place, monotonic())
+        pod = Pod(name, self.volume(name), place)
         (self._directory / f"{place.interface}.hosts").write_text(
             "# Kubernetes-managed hosts file.\n127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
             f"{place.address}\t{name}.{service}.{DOMAIN}\t{name}\n"
@@ -168,7 +168,7 @@ class Kubelet:
             said = f"FailedPreStopHook {error}"
         pod.events.append(f"preStop: {said}")
         container.signal(signal.SIGTERM)
-        if not container.wait(end_s - monotonic()):
+        if not container.over.wait(end_s - monotonic()):
             pod.events.append("SIGKILL: the grace period is over")
             container.signal(signal.SIGKILL)
 

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from conftest import Image, World, revision
 from kubelet import Pod
 from mehdb import __version__
-from sources import ROOT, lock
+from sources import CONTAINER, ROOT, lock, quantity
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
@@ -151,6 +151,10 @@ def test_its_first_process_is_mehdb_with_no_rights_and_it_heeds_sigterm(world: W
     assert set(re.findall(r"^Cap(?:Prm|Eff|Bnd|Amb):\t(\w+)$", said, re.MULTILINE)) == {"0" * 16}
     assert re.search(r"^NoNewPrivs:\t1$", said, re.MULTILINE)
     assert re.search(r"^Seccomp:\t2$", said, re.MULTILINE)
+    if world.image.limits:
+        files = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/memory.max"
+        limit = world.image.engine.podman("exec", pod.container.name, "sh", "-c", files)
+        assert int(limit) == quantity(CONTAINER["resources"]["limits"]["memory"])
     pod.deleted.set()  # so that it is not started again
     pod.container.signal(signal.SIGTERM)
     assert pod.gone.wait(pods.kubelet.grace_s)
