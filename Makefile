@@ -5,16 +5,22 @@ PORT     ?= 9876
 REPLICAS ?= 3
 DATA     ?= data
 
-.PHONY: help up test soak check bench lock clean
+.PHONY: help up test test-container soak check bench lock clean
 
 help:  ## List what there is
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 up: .venv/installed  ## Run a local cluster: PORT=9876 REPLICAS=3 DATA=data
 	@exec .venv/bin/mehdb local --replicas $(REPLICAS) --port $(PORT) --data-dir $(DATA)
 
 test: .venv/installed  ## Run all tests: TESTS="-k name" for some
-	.venv/bin/pytest -m "not soak" $(TESTS)
+	.venv/bin/pytest -m "not soak and not container" $(TESTS)
+
+# In namespaces of its own for processes and mounts: whatever it starts and mounts goes with it, however it ends. The shell
+# is there to wait for processes that have lost their parents.
+test-container: .venv/installed  ## Build the image, run it in containers (as root; podman, buildah, runc, debootstrap)
+	unshare --mount --pid --fork --kill-child --mount-proc \
+		sh -c '.venv/bin/pytest -m container tests/container --no-header -s $(TESTS); exit $$?'
 
 soak: .venv/installed  ## Run the proofs that take minutes
 	.venv/bin/pytest -m soak --no-header -q $(TESTS)

@@ -2,14 +2,25 @@
 
 import pytest
 
+from mehdb import __version__
 from mehdb.settings import SETTINGS, load
 from sources import CONTAINER, DOCKERFILE, POD, PYPROJECT, ROOT, Dockerfile
 
 
 def test_every_stage_stands_on_the_base_that_the_build_argument_names() -> None:
-    assert DOCKERFILE.all("ARG") == ["BASE=python:3.13-slim"]
+    assert DOCKERFILE.all("ARG")[0] == "BASE=python:3.13-slim"
     bases = [text.split()[0] for text in DOCKERFILE.all("FROM")]
     assert bases == ["${BASE}", "${BASE}"]
+
+
+def test_the_image_is_of_this_version_and_a_build_of_another_fails() -> None:
+    assert DOCKERFILE.all("ARG")[1] == f"VERSION={__version__}"
+    (check,) = [text for text in DOCKERFILE.all("RUN") if "--version" in text]
+    assert 'test "$(/opt/mehdb/bin/mehdb --version)" = "mehdb ${VERSION}"' in check
+    (labels,) = DOCKERFILE.all("LABEL", final=True)
+    assert 'org.opencontainers.image.version="${VERSION}"' in labels
+    assert f'org.opencontainers.image.licenses="{PYPROJECT["project"]["license"]}"' in labels
+    assert {"BASE", "VERSION", "REVISION"} == set(DOCKERFILE.all("ARG", final=True)), "set before a stage, told in it"
 
 
 def test_a_container_runs_mehdb_serve_without_a_shell() -> None:
