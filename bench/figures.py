@@ -11,7 +11,7 @@ from typing import Final
 from beside import listing
 from bulk import batches, batches_to_puts, several
 from cluster import BenchError
-from cost import cost_gets, cost_puts
+from cost import cost_gets, cost_metrics, cost_puts
 from machine import MIB
 from measuring import CONNECTIONS, Bench, catch_up_once, position, quantile, ratio, ratios
 from results import Figure
@@ -132,4 +132,5 @@ FIGURES: Final[dict[str, Callable[[Bench], Figure]]] = {
     "memory": memory,  # looks back on all nodes of this version
     "cost-gets": cost_gets,  # starts nodes of another version beside
     "cost-puts": cost_puts,
+    "cost-metrics": cost_metrics,
 }

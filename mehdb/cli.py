@@ -8,14 +8,17 @@ from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
-from mehdb import __version__
+from mehdb import __version__, logs
 from mehdb.client.commands import register
+from mehdb.client.flags import Shown, with_flags
 from mehdb.errors import MehdbError, Refused, SettingsError
 from mehdb.model import NodeStatus, Role, State
 from mehdb.progress import progress_bar
 from mehdb.settings import SETTINGS, base_url, flag, is_switch, load
 
 T = TypeVar("T")
+
+log = logging.getLogger("mehdb.cli")
 
 EXIT_FAILED: Final = 1
 DATA_DIR: Final = Path("data")  # as `mehdb serve` has it
@@ -67,10 +70,19 @@ def serve(
     host: Annotated[str | None, _option("host")] = None,
     port: Annotated[str | None, _option("port")] = None,
     listen: Annotated[str | None, _option("listen")] = None,
+    health_port: Annotated[str | None, _option("health_port")] = None,
+    tokens_file: Annotated[str | None, _option("tokens_file")] = None,
+    token_file: Annotated[str | None, _option("token_file")] = None,
+    open: Annotated[bool, _option("open")] = False,  # noqa: A002  a flag's name
+    tls_cert: Annotated[str | None, _option("tls_cert")] = None,
+    tls_key: Annotated[str | None, _option("tls_key")] = None,
+    tls_ca: Annotated[str | None, _option("tls_ca")] = None,
+    tls_verify_clients: Annotated[bool, _option("tls_verify_clients")] = False,
     data_dir: Annotated[str | None, _option("data_dir")] = None,
     peers: Annotated[str | None, _option("peers")] = None,
     namespace: Annotated[str | None, _option("namespace")] = None,
     service: Annotated[str | None, _option("service")] = None,
+    peers_service: Annotated[str | None, _option("peers_service")] = None,
     local: Annotated[bool, _option("local")] = False,
     leader_ordinal: Annotated[str | None, _option("leader_ordinal")] = None,
     advertise_url: Annotated[str | None, _option("advertise_url")] = None,
@@ -91,21 +103,23 @@ def serve(
     acks_timeout: Annotated[str | None, _option("acks_timeout")] = None,
     forward_writes: Annotated[bool, _option("forward_writes")] = False,
     log_level: Annotated[str | None, _option("log_level")] = None,
+    log_format: Annotated[str | None, _option("log_format")] = None,
 ) -> None:
     """Run one node. SIGTERM and SIGINT finish what is queued, close the store and exit 0."""
-    flags = context.params | {"local": "yes" if local else None, "forward_writes": "yes" if forward_writes else None}
-    settings = load(flags)
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        stream=sys.stderr,
-        format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request, we log changes of state
+    given = context.params.items()
+    settings = load({name: ("yes" if one else None) if isinstance(one, bool) else one for name, one in given})
+    logs.set_up(settings.log_level, settings.log_format)
     import uvloop
 
     from mehdb import life
 
-    uvloop.run(life.run(settings))
+    try:
+        uvloop.run(life.run(settings))
+    except MehdbError as error:
+        if settings.log_format == "text":
+            raise
+        log.error('failed code=%s reason="%s"', error.code, error)  # noqa: TRY400  the reason says it all
+        raise typer.Exit(EXIT_USAGE if isinstance(error, SettingsError) else EXIT_FAILED) from error
 
 
 @app.command()
@@ -187,7 +201,9 @@ def restore(
 
 
 @app.command()
+@with_flags(Shown)
 def rejoin(
+    shown: Shown,
     data_dir: DataDir = DATA_DIR,
     leader: Annotated[
         str | None, typer.Option("--from", metavar="URL", help="The leader, if the node does not run.")
@@ -204,11 +220,13 @@ def rejoin(
     if url is None:
         who = f"{status.node} has no leader just now" if status else "no node runs here that would know its leader"
         raise Refused(f"{who}: name it with --from URL")
-    _take(data_dir, url, "rejoined", status, yes=yes)
+    _take(data_dir, url, shown, "rejoined", status, yes=yes)
 
 
 @app.command()
+@with_flags(Shown)
 def adopt(
+    shown: Shown,
     peer: Annotated[str, typer.Option("--from", metavar="URL", help="The node whose data is taken.")],
     data_dir: DataDir = DATA_DIR,
     yes: Yes = False,
@@ -219,17 +237,18 @@ def adopt(
     status = _run(operations.status_of(data_dir))
     if status and status.role is Role.FOLLOWER:
         raise Refused(f"{status.node} follows: `mehdb rejoin` takes the leader's data")
-    _take(data_dir, peer, "adopted", status, yes=yes)
+    _take(data_dir, peer, shown, "adopted", status, yes=yes)
 
 
-def _take(data_dir: Path, text: str, keep: str, status: NodeStatus | None, *, yes: bool) -> None:
+def _take(data_dir: Path, text: str, shown: Shown, keep: str, status: NodeStatus | None, *, yes: bool) -> None:
     from mehdb import operations
 
     try:
         url = base_url(text)
     except ValueError as error:
         raise Refused(f"--from: {error}") from error
-    position = _run(operations.position_of(url))
+    credentials = shown.credentials()
+    position = _run(operations.position_of(url, credentials))
     if status and (status.node, status.history) == (position.node, position.history):
         raise Refused(f"{url} is {status.node} itself: name another node")
     follows = status and status.leader and status.leader.problem is None and status.damage is None
@@ -243,7 +262,7 @@ def _take(data_dir: Path, text: str, keep: str, status: NodeStatus | None, *, ye
         yes=yes,
     )
     with progress_bar() as on_step:
-        meta, kept = _run(operations.take(data_dir, url, keep, on_step))
+        meta, kept = _run(operations.take(data_dir, url, credentials, keep, on_step))
     _report(data_dir, f"took {meta.keys} keys at revision {meta.head}, history {meta.history}", kept)
 
 
@@ -264,6 +283,29 @@ def accept_loss(
     with progress_bar() as on_step:
         kept = _run(operations.accept_loss(data_dir, start_empty=start_empty, on_step=on_step))
     _report(data_dir, "accepted: the store begins empty" if kept else "accepted: the store is trusted as it is", kept)
+
+
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Who bears it: letters, digits, '.', '_' and '-'.")],
+    rights: Annotated[str, typer.Argument(help="Of read, write, replicate, admin, with commas between; or none.")],
+    prefixes: Annotated[list[str] | None, typer.Argument(help="What its keys begin with: all keys without.")] = None,
+    into: Annotated[
+        Path | None, typer.Option("--into", help="The tokens file that gets its line, in place of standard error.")
+    ] = None,
+) -> None:
+    """Make a token: print it, once and for all, and the line for the tokens file, which holds only its hash."""
+    from mehdb import tokens
+
+    try:
+        secret, grant = tokens.make(name, rights, prefixes or ())
+    except ValueError as error:
+        raise SettingsError([str(error)]) from error
+    if into is None:
+        typer.echo(grant.line, err=True)
+    else:
+        tokens.add(into, grant)
+    typer.echo(secret)
 
 
 @app.command()

@@ -3,6 +3,8 @@
     MehdbError
     ├── RequestError        the caller's fault: the answer says what to send instead
     │   ├── MalformedRequest, BadKey, BadParameter, BadBody  400
+    │   ├── Unauthorized                                   401
+    │   ├── Forbidden                                      403
     │   ├── KeyNotFound, RouteNotFound                     404
     │   ├── MethodNotAllowed                               405
     │   ├── BodyTooSlow, HeadTooSlow, TooSlow              408
@@ -82,6 +84,20 @@ class BadBody(RequestError):
     """The body ended early, its framing was broken, or it is not what the route takes."""
 
     code = "bad_body"
+
+
+class Unauthorized(RequestError):
+    """The request bears no token, or one that is not known (RFC 6750)."""
+
+    code = "unauthorized"
+    status = 401
+
+
+class Forbidden(RequestError):
+    """The token is known, and lacks the right: details have `needs`, and `prefix` where it is for other keys."""
+
+    code = "forbidden"
+    status = 403
 
 
 class KeyNotFound(RequestError):

@@ -31,6 +31,8 @@ async def expire(store: Store, writing: Callable[[], AbstractContextManager[obje
             while store.expiry_due:
                 with writing():
                     await store.expire()
+            if problem is not None:
+                log.info("expiry goes on")
             problem = None
         except NotNow:  # not leading yet, or draining: the next leader will
             pass

@@ -5,29 +5,36 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from functools import partial
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from mehdb import control
-from mehdb.api import Api, ApiServer, ControlApi
+from mehdb import __version__, control
+from mehdb.api import ControlApi, Ports
+from mehdb.credentials import Credentials
+from mehdb.discovery import Neighbours
 from mehdb.errors import Damaged, DiskFull, MehdbError, SettingsError, StoreFailed
 from mehdb.expiry import expire
 from mehdb.metrics import Metrics
-from mehdb.model import DrainReport, NodeStatus, Role
+from mehdb.model import DrainReport, NodePosition, NodeStatus, Role
 from mehdb.node import OPENING, Node
 from mehdb.peers import Peer
 from mehdb.recovery import Leader
 from mehdb.replication import Follower
-from mehdb.roles import assign, peer_urls
+from mehdb.roles import address_url, assign, peer_urls, peers_service, pod_name, pod_url
+from mehdb.route import Whereabouts
 from mehdb.settings import Settings
 from mehdb.store import Store, StoreOptions
+from mehdb.tokens import Tokens
 
 log = logging.getLogger("mehdb.life")
 
 LISTEN_BACKLOG: Final = 1024  # connections that the kernel holds while the loop is busy
 WATCH_EVERY_S: Final = 1.0
+REFRESH_EVERY_S: Final = 2.0  # a token that is taken back should be of no use soon
 OPEN_EVERY_S: Final = 1.0  # how often a store is tried that had no room to be opened
 
 
@@ -47,7 +54,14 @@ class Life:
         self._settings = settings
         self._store = store
         self._leadership = assign(settings)
-        self._node = Node(settings, self._leadership, store)
+        self._tokens = Tokens(settings.tokens_file) if settings.tokens_file else None
+        self._credentials = Credentials(
+            settings.token_file, ca=settings.tls_ca, cert=settings.tls_cert, key=settings.tls_key,
+            verify_clients=settings.tls_verify_clients,
+        )  # fmt: skip
+        self._neighbours = _neighbours(settings, self._credentials)
+        self._leader_at = self._whereabouts_of_leader()
+        self._node = Node(settings, self._leadership, store, self._leader_at)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._one_operator = asyncio.Lock()
@@ -61,22 +75,34 @@ class Life:
         loop.add_signal_handler(signal.SIGUSR1, self._node.drain)
         settings = self._settings
         async with contextlib.AsyncExitStack() as stack:
-            listener = stack.enter_context(_listener(settings))
+            listener = stack.enter_context(_listener(settings, settings.port, "--port"))
+            health_listener = None
+            if settings.health_port is not None:
+                health_listener = stack.enter_context(_listener(settings, settings.health_port, "--health-port"))
             stack.push_async_callback(self._store.close)
+            if self._neighbours is not None:
+                stack.push_async_callback(self._neighbours.close)
             # What can pass or be mended is seen to while requests are answered; anything else ends it here.
             with contextlib.suppress(Damaged, DiskFull):
                 await self._store.start()
             await stack.enter_async_context(self._controlled())
-            await stack.enter_async_context(self._served(listener))
+            await stack.enter_async_context(self._served(listener, health_listener))
             log.info(
-                "started node=%s role=%s listen=%s port=%d data_dir=%s revision=%d leader=%s",
-                self._node.name, self._node.role, settings.listen, settings.port, settings.data_dir, self._store.head,
-                self._leadership.leader_url or "self",
+                "started node=%s role=%s version=%s listen=%s port=%d data_dir=%s revision=%d leader=%s",
+                self._node.name, self._node.role, __version__, settings.listen, settings.port, settings.data_dir,
+                self._store.head, self._leadership.leader_url or "self",
             )  # fmt: skip
+            self._tell_who_is_let_in()
             await self._supervise()
             log.info("stopping node=%s queue_bytes=%d", self._node.name, self._store.queue_bytes)
             self._node.stopped = True
         log.info("stopped node=%s revision=%d", self._node.name, self._store.head)
+
+    def _tell_who_is_let_in(self) -> None:
+        if self._settings.anonymous:
+            log.warning(
+                "open to everybody listen=%s: whoever reaches it may read and write everything", self._settings.listen
+            )
 
     def _be_told_to_stop(self) -> None:
         (self._hurry if self._stop.is_set() else self._stop).set()
@@ -86,6 +112,7 @@ class Life:
         leaving = asyncio.create_task(self._leave(), name="leave")
         endless = [
             asyncio.create_task(self._watch(), name="watch"),
+            asyncio.create_task(self._refresh(), name="refresh"),
             asyncio.create_task(self._play(), name=self._node.role),
         ]
         if self._node.role is Role.LEADER:
@@ -114,6 +141,14 @@ class Life:
                 self._store.failure.set_result(
                     StoreFailed(f"the store in {self._settings.data_dir} was deleted or replaced while it was open")
                 )
+
+    async def _refresh(self) -> None:
+        """Use tokens and certificates that have been changed, as soon as they have."""
+        while True:
+            await asyncio.sleep(REFRESH_EVERY_S)
+            await asyncio.to_thread(self._credentials.refresh)  # in a thread: a file may be on a disk that hangs
+            if self._tokens is not None:
+                await asyncio.to_thread(self._tokens.refresh)
 
     async def _leave(self) -> None:
         """When told to stop: drain, and go on answering until nobody asks any more. Told again: at once."""
@@ -167,13 +202,32 @@ class Life:
     async def _play_once(self) -> None:
         await self._opened()
         async with contextlib.AsyncExitStack() as stack:
-            if self._leadership.leader_url is None:
-                part: Leader | Follower = Leader(self._store, self._leadership, peer_urls(self._settings))
+            if self._leader_at is None:
+                part: Leader | Follower = Leader(
+                    self._store, self._leadership, peer_urls(self._settings), self._credentials, self._neighbours,
+                    self._node.name,
+                )  # fmt: skip
             else:
-                leader = await stack.enter_async_context(Peer(self._leadership.leader_url))
+                at = self._leader_at
+                leader = await stack.enter_async_context(Peer(at.url, self._credentials, whereabouts=at))
                 part = Follower(self._store, leader, self._node.name)
             self._node.part = part
             await part.run()
+
+    def _whereabouts_of_leader(self) -> Whereabouts | None:
+        """Return where the leader is, for all that ask it; None on the leader."""
+        url, neighbours = self._leadership.leader_url, self._neighbours
+        if url is None:
+            return None
+        if neighbours is None:
+            return Whereabouts(url)
+
+        def is_over(one: NodePosition) -> bool:
+            meta = self._store.meta
+            return one.history == meta.history and one.epoch < meta.epoch
+
+        name = pod_name(self._settings, self._settings.leader_ordinal)
+        return Whereabouts(url, lambda: neighbours.leader(name, is_over))
 
     async def _opened(self) -> None:
         """Return when the store is open, or known to be damaged."""
@@ -231,37 +285,22 @@ class Life:
             yield
 
     @contextlib.asynccontextmanager
-    async def _served(self, listener: socket.socket) -> AsyncIterator[None]:
+    async def _served(self, listener: socket.socket, health_listener: socket.socket | None) -> AsyncIterator[None]:
         """Answer requests while the block runs; at its end finish those under way, within `stop_timeout`."""
-        settings = self._settings
-        api = Api(self._node, self._store, settings, self._node.followers, Metrics(self._node.status))
-        # The API answers every error itself. What aiohttp would log is clients' broken requests: no change of state.
-        quiet = logging.getLogger("mehdb.http")
-        quiet.setLevel(logging.CRITICAL)
-        server = ApiServer(
-            api,
-            connections_max=settings.max_connections,
-            head_timeout_s=settings.header_timeout,
-            access_log=None,
-            logger=quiet,
-            keepalive_timeout=settings.keepalive_timeout,
-            lingering_time=settings.body_timeout,  # for a client that sends all of a refused body before it reads
-            auto_decompress=False,  # a value is stored as it was sent
-        )
-        # aiohttp waits this long twice: for the requests under way, and for those that it then cancels.
-        runner = web.ServerRunner(server, shutdown_timeout=settings.stop_timeout / 2)
-        await runner.setup()
+        node = self._node
+        metrics = Metrics(node.status, self._store.figures)
+        ports = Ports(node, self._store, self._settings, node.followers, metrics, self._tokens, self._credentials)
         try:
-            await web.SockSite(runner, listener).start()
+            await ports.open(listener, health_listener)
             yield
         finally:
             self._store.stop_waiting()
-            await self._unless_hurried(runner)
-            await api.close()
+            await self._unless_hurried(ports.finish())
+            await ports.close()
 
-    async def _unless_hurried(self, runner: web.ServerRunner) -> None:
+    async def _unless_hurried(self, work: Coroutine[Any, Any, None]) -> None:
         """Finish the requests under way; told to hurry, leave them to the end of the process."""
-        finishing = asyncio.create_task(runner.cleanup(), name="finish")
+        finishing = asyncio.create_task(work, name="finish")
         hurry = asyncio.create_task(self._hurry.wait(), name="hurry")
         await asyncio.wait([finishing, hurry], return_when=asyncio.FIRST_COMPLETED)
         for task in (finishing, hurry):
@@ -269,12 +308,26 @@ class Life:
         await asyncio.wait([finishing, hurry])
 
 
-def _listener(settings: Settings) -> socket.socket:
-    """Return a socket that listens where *settings* say. Raises `SettingsError`, before anything else is opened."""
+def _neighbours(settings: Settings, credentials: Credentials) -> Neighbours | None:
+    """Return the pods that are listed ready or not; None outside Kubernetes."""
+    service = peers_service(settings)
+    if service is None or settings.ordinal is None:
+        return None
+    return Neighbours(
+        service,
+        partial(address_url, settings),
+        credentials,
+        certified_as=urlsplit(pod_url(settings, settings.ordinal)).hostname,  # all pods mount one certificate
+        family=socket.AF_UNSPEC if ":" in settings.listen else socket.AF_INET,
+    )
+
+
+def _listener(settings: Settings, port: int, flag: str) -> socket.socket:
+    """Return a socket that listens on *port*, from *flag*. Raises `SettingsError`, before anything else is opened."""
     family = socket.AF_INET6 if ":" in settings.listen else socket.AF_INET
     try:
-        return socket.create_server((settings.listen, settings.port), family=family, backlog=LISTEN_BACKLOG)
+        return socket.create_server((settings.listen, port), family=family, backlog=LISTEN_BACKLOG)
     except OSError as error:
         raise SettingsError(
-            [f"--listen {settings.listen}, --port {settings.port}: cannot listen there: {error.strerror or error}"]
+            [f"--listen {settings.listen}, {flag} {port}: cannot listen there: {error.strerror or error}"]
         ) from error

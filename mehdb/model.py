@@ -104,12 +104,17 @@ class NodePosition(msgspec.Struct, frozen=True):
 
 
 class FollowerStatus(msgspec.Struct, frozen=True):
-    """What a node knows of one that pulls from it: what it holds durably, and how long ago it said so."""
+    """What a node knows of one that pulls from it: what it holds durably, and how long ago it said so.
+
+    *lag_seconds* is how long ago it held everything that the node had: 0 while it does; null from a node that does not
+    tell. A follower that has not asked again counts as holding what it said last.
+    """
 
     node: str
     revision: Revision
     lag_revisions: int
     seen_seconds_ago: float
+    lag_seconds: float | None = None
 
 
 class LeaderStatus(msgspec.Struct, frozen=True):

@@ -19,7 +19,8 @@ from mehdb.errors import Draining, NotNow, ReadOnly, Recovering
 from mehdb.model import DrainReport, Epoch, NodeStatus, Position, Role, State
 from mehdb.recovery import Leader
 from mehdb.replication import Follower
-from mehdb.roles import Leadership
+from mehdb.roles import Leadership, address_url
+from mehdb.route import Whereabouts
 from mehdb.settings import Settings
 from mehdb.store import Store
 
@@ -32,10 +33,12 @@ OPENING: Final = "the store is not open yet"
 class Node:
     """What the API speaks for (`mehdb.api.NodeView`). *part* is what it does about its role, once its store is open."""
 
-    def __init__(self, settings: Settings, leadership: Leadership, store: Store) -> None:
+    def __init__(
+        self, settings: Settings, leadership: Leadership, store: Store, leader_at: Whereabouts | None = None
+    ) -> None:
         self.name = settings.host
         self.role = leadership.role
-        self.leader_url = leadership.leader_url
+        self.leader_at = leader_at
         self.redirect_url = leadership.redirect_url
         self.followers = Followers()
         self.part: Leader | Follower | None = None
@@ -45,7 +48,7 @@ class Node:
         self.closing = False
         self.stopped = False
         self._store = store
-        self._port, self._in_kubernetes = settings.port, settings.in_kubernetes
+        self._settings = settings
         self.writes = 0
         self.watchers = 0
         self._started_at_s = monotonic()
@@ -137,9 +140,9 @@ class Node:
 
     def _peer_url(self, address: str | None) -> str | None:
         """Return where the node at *address* answers. All pods listen on one port; other nodes are in the settings."""
-        if address is None or not self._in_kubernetes:
+        if address is None or not self._settings.in_kubernetes:
             return None
-        return f"http://[{address}]:{self._port}" if ":" in address else f"http://{address}:{self._port}"
+        return address_url(self._settings, address)
 
     def checks(self) -> tuple[Check, ...]:
         """Return what must hold for the node to be ready."""
@@ -173,7 +176,7 @@ class Node:
             keys=meta.keys,
             queue_bytes=self._store.queue_bytes,
             leader=self.part.status() if isinstance(self.part, Follower) else None,
-            followers=self.followers.status(meta.head),
+            followers=self.followers.status(meta.head, self._store.came_at_s),
             uptime_seconds=round(monotonic() - self._started_at_s, 3),
             version=__version__,
             commits=self._store.commits,

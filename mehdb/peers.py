@@ -1,19 +1,17 @@
 """The client to another node: asks for pages, snapshots, its position and its status, with time limits on everything.
 
-It checks that an answer is one; what it means for this node is the replication's to decide. A name is resolved anew at
-each new connection, so a pod that moved is found at its new address.
+It checks that an answer is one; what it means for this node is the replication's to decide. Where a node is, `route`
+finds out: anew whenever an address has failed, so a pod that moved is found at its new one.
 """
 
 import asyncio
 import base64
 import binascii
 import contextlib
-import functools
 import hashlib
 import ipaddress
 import re
 import shutil
-import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Final, NamedTuple, Self
 import aiofiles
 import httpx
 
+from mehdb.credentials import ANONYMOUS, Credentials
 from mehdb.errors import (
     Compacted,
     DiskFull,
@@ -53,13 +52,16 @@ from mehdb.model import (
     error_message,
     is_history,
 )
+from mehdb.names import NameAbsent, NameUnknown, is_address
+from mehdb.route import Route, Whereabouts
 
 CONNECT_TIMEOUT_S: Final = 2.0  # a dead address answers nothing: one retry of the kernel's SYN
 ANSWER_TIMEOUT_S: Final = 2.5  # between two chunks of an answer: whoever works on one says so each second (102)
 PAGE_TIMEOUT_S: Final = 60.0  # for a whole page of the largest size, beyond that: 1 MiB/s
 RELAY_RATE_MIN: Final = 1 << 20  # bytes per second, for a body that is passed on
+NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody: reading the system's authorities takes long
+CLIENTS_MAX: Final = 2  # certificates are changed hours apart: what was asked with the last but one is over
 HEADERS: Final = {"Mehdb-Heartbeat": "yes"}
-ABSENT_NAMES: Final = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 REPR_DIGEST: Final = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")  # RFC 9530
 WAITED: Final = "Mehdb-Waited"  # seconds that a peer held a request before it found that there is no more to give
 SECONDS: Final = re.compile(r"[0-9]{1,4}\.[0-9]{3}")
@@ -123,25 +125,46 @@ class Relayed:
 
 
 class Peer:
-    """One other node, at a base URL. An async context manager: leaving it closes the connections."""
+    """One other node, at a base URL. An async context manager: leaving it closes the connections.
 
-    def __init__(self, url: str, connections_max: int = 4) -> None:
+    *whereabouts* says where that is; others may share them. By default that is what the name resolves to.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        credentials: Credentials = ANONYMOUS,
+        connections_max: int = 4,
+        whereabouts: Whereabouts | None = None,
+    ) -> None:
         self.url = url
+        self.whereabouts = whereabouts or Whereabouts(url)
+        self._credentials = credentials
         self._connections_max = connections_max
+        self._clients: dict[ssl.SSLContext, httpx.AsyncClient] = {}
+        self._closing: asyncio.Task[None] | None = None
 
-    @functools.cached_property
+    @property
     def _client(self) -> httpx.AsyncClient:
-        # Made when it is first used: it takes milliseconds, and most pods that there might be do not exist.
+        """The client for the certificates of now. One more may have requests under way, with those of before."""
+        context = self._credentials.client if self.url.startswith("https:") else NO_TLS
+        if context not in self._clients:
+            # Made when it is first used: it takes milliseconds, and most pods that there might be do not exist.
+            self._clients[context] = self._made(context)
+            if len(self._clients) > CLIENTS_MAX:
+                oldest = self._clients.pop(next(iter(self._clients)))
+                self._closing = asyncio.create_task(oldest.aclose(), name=f"close what was before to {self.url}")
+        return self._clients[context]
+
+    def _made(self, context: ssl.SSLContext) -> httpx.AsyncClient:
         limits = httpx.Limits(
             max_connections=self._connections_max,
             max_keepalive_connections=self._connections_max // 2,
             keepalive_expiry=30,
         )
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        # trust_env: a proxy for the outside world must not come between two pods.
-        return httpx.AsyncClient(
-            base_url=self.url, headers=HEADERS, limits=limits, timeout=timeout, trust_env=False, verify=_tls()
-        )
+        route = Route(self.whereabouts, context, limits)
+        return httpx.AsyncClient(base_url=self.url, headers=HEADERS, timeout=timeout, trust_env=False, transport=route)
 
     async def __aenter__(self) -> Self:
         return self
@@ -176,9 +199,8 @@ class Peer:
         if pages_only:
             query["snapshot"] = "no"
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        headers = {
-            "Mehdb-Epoch": str(epoch)
-        }  # no parameter: a node of another version would refuse what it does not know
+        # No parameter: a node of another version would refuse what it does not know.
+        headers = {"Mehdb-Epoch": str(epoch), **self._credentials.headers()}
         request = self._client.stream("GET", "/replicate", params=query, headers=headers, timeout=timeout)
         asked_at_s = monotonic()
         async with self._asking(wait_s + PAGE_TIMEOUT_S), request as answer:
@@ -190,16 +212,17 @@ class Peer:
         return pull._replace(as_of_s=min(asked_at_s + waited_s, monotonic()))
 
     async def disconnect(self) -> None:
-        """Close every connection: the next one resolves the name anew, and may find another node there."""
-        client = self.__dict__.pop("_client", None)
-        if client is not None:
+        """Close every connection, and look anew for where the peer is before the next one."""
+        self.whereabouts.forget()
+        clients, self._clients = self._clients, {}
+        for client in clients.values():
             await client.aclose()
 
     async def position(self) -> NodePosition:
         """Return where the peer is. Raises `PeerAbsent`, `PeerUnreachable` and `PeerAnswerInvalid`."""
         await self._require_presence()
         async with self._asking(ANSWER_TIMEOUT_S):
-            answer = await self._client.get("/position")
+            answer = await self._client.get("/position", headers=self._credentials.headers())
         if answer.status_code != httpx.codes.OK:
             raise PeerUnreachable(f"{self.url} answered {answer.status_code}: {_message(answer.content)}")
         return decode_position(answer.content)
@@ -207,7 +230,8 @@ class Peer:
     async def status(self) -> NodeStatus:
         """Return what the peer says of itself. Raises `PeerUnreachable` and `PeerAnswerInvalid`."""
         async with self._asking(ANSWER_TIMEOUT_S):
-            answer = await self._client.get("/status", headers={"Accept": "application/json"})
+            headers = {"Accept": "application/json", **self._credentials.headers()}
+            answer = await self._client.get("/status", headers=headers)
         return decode_status(answer.content)
 
     async def forward(self, relay: Relay, answer_timeout_s: float) -> Relayed:
@@ -231,7 +255,10 @@ class Peer:
                 f"nothing was written: the leader, {self.url}, is not reached ({type(error).__name__}): try again"
             ) from error
         except (httpx.HTTPError, OSError) as error:
+            self.whereabouts.forget()
             raise _unknown(self.url, error) from error
+        if answer.headers.get("Mehdb-Role") != Role.LEADER:  # its address is another's by now
+            self.whereabouts.forget()
         return Relayed(self.url, answer)
 
     async def download(self, path: Path, on_progress: Callable[[int, int], None]) -> Download:
@@ -240,7 +267,8 @@ class Peer:
         Raises `PeerUnreachable` (what has arrived is of no use), `SnapshotRefused`, `PeerAnswerInvalid`, and `DiskFull`
         of this node's.
         """
-        async with self._asking(None), self._client.stream("GET", "/snapshot") as answer:
+        request = self._client.stream("GET", "/snapshot", headers=self._credentials.headers())
+        async with self._asking(None), request as answer:
             if answer.status_code != httpx.codes.OK:
                 passes = answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
                 kind = PeerUnreachable if passes else SnapshotRefused
@@ -283,29 +311,31 @@ class Peer:
 
     async def _require_presence(self) -> None:
         """Raise `PeerAbsent` if the peer's name does not resolve, or nobody listens at its address."""
-        url = httpx.URL(self.url)
-        port = url.port or {"http": 80, "https": 443}[url.scheme]
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
-        except socket.gaierror as error:
-            if error.errno in ABSENT_NAMES:
-                raise PeerAbsent(f"{self.url}: the name does not resolve") from error
-            raise PeerUnreachable(f"{self.url}: whether the name resolves cannot be found out: {error}") from error
-        except UnicodeError as error:
-            raise PeerUnreachable(f"{self.url}: {url.host!r} is no name: {error}") from error
-        except TimeoutError as error:
-            raise PeerUnreachable(f"{self.url}: whether the name resolves cannot be found out in time") from error
-        if not _says_nothing(url.host, [str(address[0]) for *_, address in found]):
+            addresses = await self.whereabouts.resolved()
+        except NameAbsent as error:
+            raise PeerAbsent(f"{self.url}: {error}") from error
+        except NameUnknown as error:
+            raise PeerUnreachable(f"{self.url}: {error}") from error
+        if _says_something(self.whereabouts.host, addresses):
             return
+        obstacles = [await self._obstacle_at(address) for address in addresses]
+        if None in obstacles:
+            return
+        for obstacle in obstacles:
+            if not isinstance(obstacle, ConnectionRefusedError):  # a machine that is off may come back, with data
+                raise PeerUnreachable(f"{self.url}: {type(obstacle).__name__}: {obstacle}") from obstacle
+        raise PeerAbsent(f"{self.url}: nobody listens there") from obstacles[0]
+
+    async def _obstacle_at(self, address: str) -> OSError | None:
+        """Return why *address* takes no connection, None if it does."""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                _, writer = await asyncio.open_connection(url.host, port)
-                writer.close()
-        except ConnectionRefusedError as error:
-            raise PeerAbsent(f"{self.url}: nobody listens there") from error
-        except OSError as error:  # a machine that is off may come back, with data
-            raise PeerUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
+                _, writer = await asyncio.open_connection(address, self.whereabouts.port)
+        except OSError as error:
+            return error
+        writer.close()
+        return None
 
     def _understood(self, answer: httpx.Response, body: bytes, position: Position, seen: Epoch | None) -> Pull:
         """Return what an answer to `/replicate` means. *seen* is None where any node may answer."""
@@ -335,19 +365,9 @@ class Peer:
         return Pull(History(history), Epoch(int(epoch)), Revision(int(head)), page, state)
 
 
-@functools.cache
-def _tls() -> ssl.SSLContext:
-    """Return one context for all clients: reading the authorities' certificates takes most of the making of one."""
-    return httpx.create_ssl_context(trust_env=False)
-
-
-def _says_nothing(host: str, addresses: list[str]) -> bool:
-    """Return whether that *host* resolves says nothing about the peer: it is an address, or this machine's."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return all(ipaddress.ip_address(address).is_loopback for address in addresses)
-    return True
+def _says_something(host: str, addresses: tuple[str, ...]) -> bool:
+    """Return whether that *host* resolves says that the peer exists: not if it is an address, or this machine's."""
+    return not is_address(host) and not all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 @contextlib.contextmanager

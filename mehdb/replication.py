@@ -30,7 +30,7 @@ from mehdb.errors import (
 from mehdb.model import LeaderStatus, Page, Position, Revision, State
 from mehdb.peers import Peer, Pull
 from mehdb.store import Meta, Store, forget_divergence, note_divergence, read_divergence
-from mehdb.transfer import fetch
+from mehdb.transfer import ProgressLog, fetch
 
 log = logging.getLogger("mehdb.replication")
 
@@ -133,6 +133,10 @@ class Follower:
 
     async def run(self) -> None:
         """Follow the leader for ever, with pauses when that fails. Raises only what no retry can mend."""
+        if self.state is State.DIVERGED:
+            log.error('still diverged leader=%s reason="%s"', self._leader.url, self._error)
+        else:
+            log.info("syncing revision=%d leader=%s", self._store.head, self._leader.url)
         delay_s = BACKOFF_LEAST_S
         while True:
             progress = self._progress
@@ -198,7 +202,9 @@ class Follower:
         if self._refused and monotonic() < self._snapshot_at_s:
             raise self._refused
         try:
-            await self._replace_by(await fetch(self._leader, self._store.incoming))
+            with self._store.taken.under_way():
+                progress = ProgressLog(self._leader.url, self._store.taken)
+                await self._replace_by(await fetch(self._leader, self._store.incoming, progress))
         except (DiskFull, Diverged, StaleEpoch, PeerAnswerInvalid, SnapshotRefused) as error:
             self._refused, self._snapshot_at_s = error, monotonic() + self._snapshot_delay_s
             self._snapshot_delay_s = min(2 * self._snapshot_delay_s, SNAPSHOT_MOST_S)

@@ -82,15 +82,35 @@ def pod_url(settings: Settings, ordinal: int) -> str:
     The name is the pod's own with another ordinal: `mehdb-1.mehdb.NS.svc.cluster.local` → `mehdb-0.mehdb.NS.svc…`.
     `MEHDB_SERVICE` and `MEHDB_NAMESPACE` replace its second and third label.
     """
+    return address_url(settings, ".".join([pod_name(settings, ordinal), *_service_labels(settings)]))
+
+
+def pod_name(settings: Settings, ordinal: int) -> str:
+    """Return what the pod with *ordinal* in this pod's StatefulSet is called."""
     match = ORDINAL.fullmatch(settings.host)
     assert match, "settings are refused when a pod has no ordinal"  # noqa: S101  our own invariant
-    service, namespace, *domain = _labels(settings.fqdn or "")
-    labels = [f"{match['name']}-{ordinal}", settings.service or service, settings.namespace or namespace, *domain]
-    return f"http://{'.'.join(labels)}:{settings.port}"
+    return f"{match['name']}-{ordinal}"
 
 
-def _labels(fqdn: str) -> list[str]:
-    """Return Service, namespace and domain of a pod's DNS name, empty where it does not tell them."""
-    labels = fqdn.split(".")[1:]
+def peers_service(settings: Settings) -> str | None:
+    """Return the DNS name of the Service that lists all pods, ready or not; None where there is none to be asked.
+
+    It is in the namespace and domain of the pods' names: `mehdb-peers.NS.svc.cluster.local`.
+    """
+    if not settings.in_kubernetes or settings.peers or settings.local:
+        return None
+    service, *domain = _service_labels(settings)
+    return ".".join([settings.peers_service or f"{service}-peers", *domain])
+
+
+def address_url(settings: Settings, address: str) -> str:
+    """Return the base URL of a node of this cluster at *address*, a name or an IP: all listen on one port."""
+    return f"{settings.scheme}://{f'[{address}]' if ':' in address else address}:{settings.port}"
+
+
+def _service_labels(settings: Settings) -> list[str]:
+    """Return the governing Service, the namespace and the domain, as labels."""
+    labels = (settings.fqdn or "").split(".")[1:]
     # A pod's resolver appends the cluster's domain, so `svc` is enough where the pod does not know more.
-    return labels if len(labels) > 1 else ["", "", "svc"]
+    service, namespace, *domain = labels if len(labels) > 1 else ["", "", "svc"]
+    return [settings.service or service, settings.namespace or namespace, *domain]

@@ -5,6 +5,7 @@ together, before anything is opened. The variables of the Go mehdb (`MEHDB_HOST`
 `MEHDB_NAMESPACE`, `MEHDB_LOCAL`) keep their meaning.
 """
 
+import ipaddress
 import os
 import re
 import socket
@@ -26,7 +27,10 @@ SIZE_UNITS: Final = {"": 1, "b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10*
 }  # fmt: skip
 ACKS_MAX: Final = 100  # as many followers as a leader lists
 WAIT_S_MAX: Final = 60.0  # proxies and clients give up on a silent connection at about this age
+EVERYWHERE: Final = "0.0.0.0"  # noqa: S104  a pod's port is its API
+LOOPBACK: Final = "127.0.0.1"
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+LOG_FORMATS: Final = ("text", "json")
 
 
 def _text(pattern: re.Pattern[str], what: str) -> Callable[[str], str]:
@@ -122,9 +126,32 @@ class Settings:
     )  # fmt: skip
     port: int = _setting("MEHDB_PORT", whole_number(1, 65535), "9876", "The TCP port of every node.")
     listen: str = _setting(
-        "MEHDB_LISTEN", _text(re.compile(r"[0-9A-Za-z.:%-]+"), "address"), "0.0.0.0",  # noqa: S104  a pod's port is its API
-        "The address to listen on.",
+        "MEHDB_LISTEN", _text(re.compile(r"[0-9A-Za-z.:%-]+"), "address"), None,
+        "The address to listen on.", f"{EVERYWHERE}; outside Kubernetes, where anyone may ask, {LOOPBACK}",
     )  # fmt: skip
+    health_port: int | None = _setting(
+        "MEHDB_HEALTH_PORT", whole_number(1, 65535), None,
+        "A second TCP port, without TLS, that answers the probes alone: /livez, /readyz and /status.", "none",
+    )  # fmt: skip
+    tokens_file: Path | None = _setting(
+        "MEHDB_TOKENS_FILE", Path, None,
+        "The tokens that are let in, hashed, with their rights: `mehdb token` makes its lines.", "none",
+    )  # fmt: skip
+    token_file: Path | None = _setting(
+        "MEHDB_TOKEN_FILE", Path, None, "The token that this node shows to the others (right: replicate).", "none"
+    )  # fmt: skip
+    open: bool = _setting("MEHDB_OPEN", _switch, None, "Let everybody do everything, without a token.", "off")
+    tls_cert: Path | None = _setting(
+        "MEHDB_TLS_CERT", Path, None,
+        "This node's certificate, with those between it and its authority: PEM. It then talks TLS alone.", "none",
+    )  # fmt: skip
+    tls_key: Path | None = _setting("MEHDB_TLS_KEY", Path, None, "The certificate's private key: PEM.", "none")
+    tls_ca: Path | None = _setting(
+        "MEHDB_TLS_CA", Path, None, "The authorities that other nodes' certificates are of: PEM.", "the system's"
+    )  # fmt: skip
+    tls_verify_clients: bool = _setting(
+        "MEHDB_TLS_VERIFY_CLIENTS", _switch, None, "Talk only to clients with a certificate of --tls-ca.", "off"
+    )
     data_dir: Path = _setting("MEHDB_DATADIR", Path, "data", "The directory that holds the store: this node's volume.")
     peers: tuple[str, ...] = _setting(
         "MEHDB_PEERS", _base_urls, None,
@@ -137,6 +164,11 @@ class Settings:
     service: str | None = _setting(
         "MEHDB_SERVICE", _text(DNS_LABEL, "Service name"), None,
         "Inside Kubernetes: the governing Service.", "from the pod's DNS name",
+    )  # fmt: skip
+    peers_service: str | None = _setting(
+        "MEHDB_PEERS_SERVICE", _text(DNS_LABEL, "Service name"), None,
+        "Inside Kubernetes: the headless Service that lists all pods, ready or not (publishNotReadyAddresses).",
+        "the governing Service's name with -peers",
     )  # fmt: skip
     local: bool = _setting(
         "MEHDB_LOCAL", _switch, None, f"Follow a leader at {LOCAL_LEADER_URL}, as the Go mehdb did.", "off"
@@ -210,6 +242,9 @@ class Settings:
         "Have this node pass writes on to the leader, in place of a redirect.", "off",
     )  # fmt: skip
     log_level: str = _setting("MEHDB_LOG_LEVEL", _choice(*LOG_LEVELS), "info", f"One of {', '.join(LOG_LEVELS)}.")
+    log_format: str = _setting(
+        "MEHDB_LOG_FORMAT", _choice(*LOG_FORMATS), "text", "text, or json: an object on each line."
+    )
     fqdn: str | None = None
     """The pod's own DNS name; None outside Kubernetes. Found, not set."""
 
@@ -217,6 +252,24 @@ class Settings:
     def in_kubernetes(self) -> bool:
         """Whether this process runs in a pod."""
         return self.fqdn is not None
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can ask."""
+        try:
+            return ipaddress.ip_address(self.listen.partition("%")[0]).is_loopback
+        except ValueError:
+            return self.listen == "localhost"
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether everybody who can reach it may do everything."""
+        return self.tokens_file is None and not self.tls_verify_clients
+
+    @property
+    def scheme(self) -> str:
+        """How nodes are asked: all of them talk TLS, or none."""
+        return "https" if self.tls_cert else "http"
 
     @property
     def ordinal(self) -> int | None:
@@ -267,8 +320,10 @@ def load(
     for setting in SETTINGS:
         if is_switch(setting):
             values[setting.name] = bool(values[setting.name])
-    if environ.get("KUBERNETES_SERVICE_HOST"):  # the kubelet sets it in every container
-        values["fqdn"] = find_fqdn(values["host"])
+    in_pod = environ.get("KUBERNETES_SERVICE_HOST")  # the kubelet sets it in every container
+    values["fqdn"] = find_fqdn(values["host"]) if in_pod else None
+    at_home = not any(values[name] for name in ("fqdn", "open", "tokens_file", "tls_verify_clients"))
+    values["listen"] = values["listen"] or (LOOPBACK if at_home else EVERYWHERE)
     settings = Settings(**values)
     if problems := _relations(settings):
         raise SettingsError(problems)
@@ -305,12 +360,32 @@ def _relations(settings: Settings) -> list[str]:
             f"--grace-period: {settings.grace_period:g} s is too short for a stop, which may take --drain-timeout + "
             f"--lame-duck + --stop-timeout = {stop_s:g} s: shorten those, or give the pod more and say so here"
         )
+    problems += _access_problems(settings)
     if settings.in_kubernetes and settings.ordinal is None:
         problems.append(
             f"--host: {settings.host!r} has no ordinal: run me as a StatefulSet, whose pods are called NAME-ORDINAL"
         )
     elif settings.ordinal is not None and not settings.local:
         problems += _missing_others(settings)
+    return problems
+
+
+def _access_problems(settings: Settings) -> list[str]:
+    """Return what is wrong with who may ask, and how."""
+    problems = []
+    if settings.anonymous and not settings.open and not settings.loopback:
+        problems.append(
+            f"--tokens-file: missing: whoever reaches {settings.listen} could read and write everything. Name a file "
+            "with tokens, or say --open (MEHDB_OPEN=yes) if that is meant"
+        )
+    if settings.open and not settings.anonymous:
+        problems.append("--open: contradicts --tokens-file and --tls-verify-clients: leave it out")
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        problems.append("--tls-cert, --tls-key: give both, or neither")
+    if settings.tls_verify_clients and not (settings.tls_cert and settings.tls_ca):
+        problems.append("--tls-verify-clients: needs --tls-cert, --tls-key and --tls-ca")
+    if settings.health_port == settings.port:
+        problems.append(f"--health-port: {settings.port} is --port already: give another")
     return problems
 
 

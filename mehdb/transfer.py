@@ -11,24 +11,29 @@ from time import monotonic
 from typing import Final
 
 from mehdb.errors import Damaged, PeerAnswerInvalid, UnknownSchema
+from mehdb.figures import Transfers
 from mehdb.peers import Peer
 from mehdb.progress import OnStep
 from mehdb.store import Meta, in_thread, verify_snapshot
 
 log = logging.getLogger("mehdb.transfer")
 
+DOWNLOAD: Final = "download"  # the step of bytes that arrive
 PROGRESS_EVERY_S: Final = 5.0  # a line so often says that a long one goes on, and floods no log
 
 
 class ProgressLog:
-    """Logs how a long transfer goes on. Short ones say nothing."""
+    """Logs how a long transfer goes on, and takes it down in *taken*. Short ones say nothing."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, taken: Transfers) -> None:
         self._url = url
+        self._taken = taken
         self._said_at_s = monotonic()
 
     def __call__(self, step: str, done: int, total: int) -> None:
         """Log a line, if the last one is some time ago."""
+        if step == DOWNLOAD:
+            self._taken.move(done, total)
         if monotonic() - self._said_at_s >= PROGRESS_EVERY_S:
             self._said_at_s = monotonic()
             log.info("snapshot progress step=%s done=%d of=%d from=%s", step, done, total, self._url)
@@ -40,7 +45,7 @@ async def fetch(peer: Peer, path: Path, on_step: OnStep | None = None) -> Meta:
     Raises what `Peer.download` does, and `PeerAnswerInvalid` if what came is damaged. Nothing is left at *path* then.
     """
     try:
-        return await _fetch(peer, path, on_step or ProgressLog(peer.url))
+        return await _fetch(peer, path, on_step or ProgressLog(peer.url, Transfers()))
     except BaseException as error:
         await asyncio.to_thread(path.unlink, missing_ok=True)
         if isinstance(error, Damaged):
@@ -51,7 +56,7 @@ async def fetch(peer: Peer, path: Path, on_step: OnStep | None = None) -> Meta:
 
 
 async def _fetch(peer: Peer, path: Path, say: OnStep) -> Meta:
-    announced = await peer.download(path, partial(say, "download"))
+    announced = await peer.download(path, partial(say, DOWNLOAD))
     meta = await in_thread(partial(verify_snapshot, path), partial(say, "verify"))
     if (meta.history, meta.head) != (announced.history, announced.revision):
         raise PeerAnswerInvalid(f"{peer.url}: the snapshot is not the one that was announced")

@@ -93,10 +93,13 @@ class Node:
     volume: Path
     environment: dict[str, str]
     process: "subprocess.Popen[bytes] | None" = None
+    scheme: str = "http"
+    client: httpx.Client = CLIENT
+    """Who asks it: shows what it must be shown."""
 
     @property
     def url(self) -> str:
-        return f"http://{ADDRESS}:{self.port}"
+        return f"{self.scheme}://{ADDRESS}:{self.port}"
 
     @property
     def log(self) -> str:
@@ -143,7 +146,7 @@ class Node:
         return self.request("PUT", f"/set/{key}", content=value, **options)
 
     def request(self, method: str, target: str, **options: Any) -> httpx.Response:
-        return CLIENT.request(method, self.url + target, **options)
+        return self.client.request(method, self.url + target, **options)
 
     def status(self) -> NodeStatus:
         return decode_status(self.get("/status", headers={"Accept": "application/json"}).content)
@@ -206,17 +209,20 @@ class Cluster:
 
     directory: Path
     nodes: list[Node] = field(default_factory=list)
+    scheme: str = "http"
+    client: httpx.Client = CLIENT
 
     def add(self, **environment: str) -> Node:
         """Return the next node, not started. *environment* is what it runs with beside the usual."""
         name = f"mehdb-{len(self.nodes)}"
         port = free_port()
-        leader_url = self.nodes[0].url if self.nodes else f"http://{ADDRESS}:{port}"
+        leader_url = self.nodes[0].url if self.nodes else f"{self.scheme}://{ADDRESS}:{port}"
         usual = {
             "MEHDB_HOST": name, "MEHDB_PORT": str(port), "MEHDB_LISTEN": ADDRESS, "MEHDB_PEERS": leader_url,
             "MEHDB_DATADIR": str(self.directory / name), "MEHDB_LAME_DUCK": "0",
         }  # fmt: skip
-        self.nodes.append(Node(name, port, self.directory / name, usual | environment))
+        volume = self.directory / name
+        self.nodes.append(Node(name, port, volume, usual | environment, scheme=self.scheme, client=self.client))
         return self.nodes[-1]
 
     def introduce(self) -> None:
@@ -258,6 +264,8 @@ class Cluster:
             if node.process and node.process.poll() is None:
                 node.process.kill()
                 node.process.wait(DEADLINE_S)
+        if self.client is not CLIENT:
+            self.client.close()
 
     async def check(self) -> None:
         """Verify every invariant of every store."""

@@ -140,7 +140,9 @@ def test_a_port_in_use_is_told(tmp_path: Path) -> None:
 
 def test_an_address_that_is_not_ours_is_told(tmp_path: Path) -> None:
     assert_told(
-        serve(tmp_path / "data", "--listen", "192.0.2.1"), 2, r"--listen 192\.0\.2\.1, .*cannot listen there: .*"
+        serve(tmp_path / "data", "--listen", "192.0.2.1", "--open"),
+        2,
+        r"--listen 192\.0\.2\.1, .*cannot listen there: .*",
     )
 
 
@@ -292,14 +294,15 @@ def test_a_start_and_a_stop_are_a_line_each(cluster: Cluster) -> None:
         node.put(f"k/{number}", b"value that no log may show")
     node.stop()
     events = [re.split(r"logger=mehdb\.\w+ ", line)[1].split()[0] for line in node.log.splitlines()]
-    assert events == ["started", "leading", "draining", "stopping", "stopped"]
+    assert events == ["started", "open", "recovering", "leading", "draining", "stopping", "stopped"]
     assert "no log may show" not in node.log
 
 
 def test_a_log_level_silences_what_is_below_it(cluster: Cluster) -> None:
     node = cluster.add(MEHDB_LOG_LEVEL="warning").start()
     node.stop()
-    assert node.log == ""
+    [line] = node.log.splitlines()
+    assert "level=WARNING logger=mehdb.life open to everybody: " in line
 
 
 def test_a_single_leader_starts_with_no_setting_at_all(tmp_path: Path) -> None:

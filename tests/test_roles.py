@@ -14,7 +14,7 @@ DOMAIN: Final = "mehdb.shop.svc.cluster.local"
 def assigned(host: str, fqdn: str | None = None, **environ: str) -> OrdinalLeadership:
     """Return what a node called *host* is; it runs in a pod if it has an *fqdn*."""
     if fqdn:
-        environ["KUBERNETES_SERVICE_HOST"] = "10.96.0.1"
+        environ |= {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "MEHDB_OPEN": "yes"}
     settings = load({}, environ, find_host_name=lambda: host, find_fqdn=lambda _: fqdn or "")
     return assign(settings)
 
@@ -102,7 +102,7 @@ def test_clients_may_be_sent_to_another_base_than_nodes_use() -> None:
 
 def test_a_pod_finds_each_other_pod() -> None:
     settings = load(
-        {}, {"KUBERNETES_SERVICE_HOST": "10.96.0.1"},
+        {}, {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "MEHDB_OPEN": "yes"},
         find_host_name=lambda: "mehdb-0", find_fqdn=lambda host: f"{host}.{DOMAIN}",
     )  # fmt: skip
     assert [pod_url(settings, ordinal) for ordinal in (0, 3, 10)] == [

@@ -10,16 +10,24 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mehdb.errors import SettingsError
-from mehdb.settings import LOCAL_LEADER_URL, SETTINGS, Settings, flag, load
+from mehdb.settings import LOCAL_LEADER_URL, SETTINGS, Settings, flag, is_switch, load
 
-IN_POD: Final = {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+IN_POD: Final = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "MEHDB_OPEN": "yes"}
 POD_FQDN: Final = "{host}.mehdb.shop.svc.cluster.local"
 
 # field, variable, a text that is not the default, what it means, what the default means
 EACH: Final = [
     ("host", "MEHDB_HOST", "lonely", "lonely", "this-machine"),
     ("port", "MEHDB_PORT", "19876", 19876, 9876),
-    ("listen", "MEHDB_LISTEN", "::1", "::1", "0.0.0.0"),  # noqa: S104  the default
+    ("listen", "MEHDB_LISTEN", "::1", "::1", "127.0.0.1"),
+    ("health_port", "MEHDB_HEALTH_PORT", "19877", 19877, None),
+    ("tokens_file", "MEHDB_TOKENS_FILE", "/tokens/all", Path("/tokens/all"), None),
+    ("token_file", "MEHDB_TOKEN_FILE", "/tokens/mine", Path("/tokens/mine"), None),
+    ("open", "MEHDB_OPEN", "yes", True, False),
+    ("tls_cert", "MEHDB_TLS_CERT", "/tls/tls.crt", Path("/tls/tls.crt"), None),
+    ("tls_key", "MEHDB_TLS_KEY", "/tls/tls.key", Path("/tls/tls.key"), None),
+    ("tls_ca", "MEHDB_TLS_CA", "/tls/ca.crt", Path("/tls/ca.crt"), None),
+    ("tls_verify_clients", "MEHDB_TLS_VERIFY_CLIENTS", "on", True, False),
     ("data_dir", "MEHDB_DATADIR", "/volume/mehdb data", Path("/volume/mehdb data"), Path("data")),
     (
         "peers", "MEHDB_PEERS", "http://a:1/, https://b.example",
@@ -27,6 +35,7 @@ EACH: Final = [
     ),
     ("namespace", "MEHDB_NAMESPACE", "shop", "shop", None),
     ("service", "MEHDB_SERVICE", "kv-2", "kv-2", None),
+    ("peers_service", "MEHDB_PEERS_SERVICE", "kv-all", "kv-all", None),
     ("local", "MEHDB_LOCAL", "true", True, False),
     ("leader_ordinal", "MEHDB_LEADER_ORDINAL", "5", 5, 0),
     (
@@ -50,7 +59,13 @@ EACH: Final = [
     ("acks_timeout", "MEHDB_ACKS_TIMEOUT", "0.5", 0.5, 5.0),
     ("forward_writes", "MEHDB_FORWARD_WRITES", "yes", True, False),
     ("log_level", "MEHDB_LOG_LEVEL", "WARNING", "warning", "info"),
+    ("log_format", "MEHDB_LOG_FORMAT", "JSON", "json", "text"),
 ]  # fmt: skip
+TLS: Final = {"tls_cert": "/tls/tls.crt", "tls_key": "/tls/tls.key", "tls_ca": "/tls/ca.crt"}
+BESIDE: Final[dict[str, dict[str, str | None]]] = {
+    "tls_cert": {"tls_key": "k"}, "tls_key": {"tls_cert": "c"}, "tls_verify_clients": {**TLS},
+}  # fmt: skip
+"""What some settings cannot do without."""
 each_setting = pytest.mark.parametrize(
     ("name", "variable", "text", "meaning", "default"), EACH, ids=[name for name, *_ in EACH]
 )
@@ -85,9 +100,12 @@ BAD: Final = [
     ("disk_reserve", ["-1", "10%", "2TiB", "1025GiB"]),
     ("retain_changes", ["0", "-1", "1k", "1000000000001"]),
     ("snapshot_lag", ["0", "-1", "1e5", "1000000000001"]),
+    ("peers_service", ["Mehdb", "a.b", "-a", "a" * 64]),
+    ("health_port", ["0", "65536", "http"]),
     ("acks", ["-1", "101", "1.5", "all"]),
     ("acks_timeout", ["-1", "61", "nan", "soon"]),
     ("log_level", ["loud", "infos", "info,debug"]),
+    ("log_format", ["xml", "jsonl", "text,json"]),
 ]  # fmt: skip
 
 
@@ -116,7 +134,9 @@ def problems(
 
 def test_every_setting_is_tested_here() -> None:
     assert [(one.name, one.metadata["variable"]) for one in SETTINGS] == [(name, var) for name, var, *_ in EACH]
-    assert {name for name, _ in BAD} | {"data_dir", "local", "forward_writes"} == {one.name for one in SETTINGS}
+    paths = {one.name for one in SETTINGS if one.metadata["parse"] is Path}
+    switches = {one.name for one in SETTINGS if is_switch(one)}
+    assert {name for name, _ in BAD} | paths | switches == {one.name for one in SETTINGS}
 
 
 @each_setting
@@ -132,17 +152,17 @@ def test_an_empty_variable_counts_as_unset(name: str, variable: str, text: str, 
 
 @each_setting
 def test_a_variable_beats_the_default(name: str, variable: str, text: str, meaning: Any, default: Any) -> None:
-    assert getattr(loaded(environ={variable: text}), name) == meaning != default
+    assert getattr(loaded(BESIDE.get(name), {variable: text}), name) == meaning != default
 
 
 @each_setting
 def test_a_flag_beats_the_default(name: str, variable: str, text: str, meaning: Any, default: Any) -> None:  # noqa: ARG001
-    assert getattr(loaded({name: text}), name) == meaning != default
+    assert getattr(loaded({name: text} | BESIDE.get(name, {})), name) == meaning != default
 
 
 OTHERS: Final = {
     "host": "other", "peers": "http://c:3", "local": "off", "forward_writes": "off", "log_level": "debug",
-    "data_dir": "other",
+    "data_dir": "other", "listen": "127.0.0.1", "open": "off", "tls_verify_clients": "off",
 }  # fmt: skip
 
 
@@ -150,9 +170,10 @@ OTHERS: Final = {
 def test_a_flag_beats_the_variable(name: str, variable: str, text: str, meaning: Any, default: Any) -> None:
     default_text = next(one.metadata["default"] for one in SETTINGS if one.name == name)
     other = OTHERS.get(name) or default_text or text
-    of_other = getattr(loaded(environ={variable: other}), name)
-    assert getattr(loaded({name: text}, {variable: other}), name) == meaning
-    assert getattr(loaded({name: other}, {variable: text}), name) == of_other
+    beside = BESIDE.get(name, {})
+    of_other = getattr(loaded(beside, {variable: other}), name)
+    assert getattr(loaded({name: text} | beside, {variable: other}), name) == meaning
+    assert getattr(loaded({name: other} | beside, {variable: text}), name) == of_other
     assert default is None or of_other != meaning
 
 
@@ -182,7 +203,7 @@ def test_a_bad_value_is_refused_with_its_source(name: str, text: str) -> None:
         ("port", "1", 1),
         ("port", "65535", 65535),
         ("port", "09876", 9876),
-        ("listen", "fe80::1%eth0", "fe80::1%eth0"),
+        ("listen", "127.0.0.9", "127.0.0.9"),
         ("leader_ordinal", "999999999", 999_999_999),
         ("max_value", "1", 1),
         ("max_value", "512kib", 512 << 10),
@@ -264,6 +285,50 @@ def test_all_problems_are_reported_together() -> None:
     )
     sources = [problem.split(":")[0] for problem in found]
     assert sources == ["--port", "MEHDB_PEERS", "--max-value", "MEHDB_BODY_TIMEOUT", "MEHDB_LOG_LEVEL"]
+
+
+def test_nobody_is_let_in_by_accident() -> None:
+    """Open to all the world only where that is said."""
+    assert loaded().listen == "127.0.0.1"
+    assert loaded({"open": "yes"}).listen == "0.0.0.0"  # noqa: S104  as was said
+    assert loaded({"tokens_file": "t"}).listen == "0.0.0.0"  # noqa: S104  who may do what is known
+    [problem] = problems({"listen": "0.0.0.0"})  # noqa: S104
+    assert problem.startswith("--tokens-file: missing: whoever reaches 0.0.0.0 could read and write everything.")
+    assert "MEHDB_OPEN=yes" in problem
+    [problem] = problems(environ={"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, host="mehdb-0")
+    assert problem.startswith("--tokens-file: missing")
+    assert loaded({"listen": "0.0.0.0", "tls_verify_clients": "yes"} | TLS).anonymous is False  # noqa: S104
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])
+def test_on_loopback_nobody_else_can_ask(address: str) -> None:
+    assert loaded({"listen": address}).loopback
+
+
+@pytest.mark.parametrize("address", ["::", "10.0.0.1", "fe80::1%eth0", "localhost.example"])
+def test_no_other_address_is_loopback(address: str) -> None:
+    assert not loaded({"listen": address, "open": "yes"}).loopback
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ({"tls_cert": "c"}, "--tls-cert, --tls-key: give both"),
+        ({"tls_key": "k"}, "--tls-cert, --tls-key: give both"),
+        ({"tls_verify_clients": "yes", "tls_cert": "c", "tls_key": "k"}, "--tls-verify-clients: needs"),
+        ({"tls_verify_clients": "yes", "tls_ca": "a"}, "--tls-verify-clients: needs"),
+        ({"open": "yes", "tokens_file": "t"}, "--open: contradicts"),
+        ({"open": "yes", "tls_verify_clients": "yes"} | TLS, "--open: contradicts"),
+        ({"health_port": "9876"}, "--health-port: 9876 is --port already"),
+    ],
+)
+def test_who_may_ask_and_how_must_make_sense(flags: dict[str, str], problem: str) -> None:
+    [found] = problems(flags)
+    assert found.startswith(problem)
+
+
+def test_nodes_talk_tls_if_they_have_a_certificate() -> None:
+    assert (loaded().scheme, loaded(TLS).scheme) == ("http", "https")
 
 
 def test_all_relations_are_reported_together() -> None:

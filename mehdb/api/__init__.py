@@ -1,7 +1,12 @@
 """The HTTP API of a node: requests in, answers out.
 
+    ports.py      `Ports`: what a node listens with, and all that is behind it
     server.py     `ApiServer`: takes connections, bounds them; what cannot be parsed is answered too
+    handshake.py  connections that are to be encrypted
     app.py        `Api`: finds the route, turns errors into answers, adds the headers that every answer bears
+    routes.py     which routes there are, who answers them, and what right each needs
+    access.py     `Gate`: who is let in
+    audit.py      what was denied to whom, and what operators did
     answers.py    `Answer`: a whole answer and its wire form
     requests.py   what a request says: its target, key and parameters
     bodies.py     its body, within bounds
@@ -17,6 +22,7 @@
     status.py     /status, /livez, /readyz, /metrics
     replicate.py  /position, /replicate, and who pulls from this node
     snapshot.py   /snapshot
+    debug.py      /debug/tasks, /debug/threads: where the process stands
     control.py    `ControlApi`: what an operator's commands ask of the node on their machine
     node.py       `NodeView`: what the API must know of the node it speaks for
 
@@ -24,10 +30,9 @@ It decides nothing about data: that is the store's. It never builds a URL from w
 and query, byte for byte.
 """
 
-from mehdb.api.app import Api
 from mehdb.api.control import ControlApi, ControlView
 from mehdb.api.node import Check, NodeView
+from mehdb.api.ports import Ports
 from mehdb.api.replicate import Followers
-from mehdb.api.server import ApiServer
 
-__all__ = ["Api", "ApiServer", "Check", "ControlApi", "ControlView", "Followers", "NodeView"]
+__all__ = ["Check", "ControlApi", "ControlView", "Followers", "NodeView", "Ports"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from http import HTTPStatus
 from operator import itemgetter
 from pathlib import Path
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any, Final, TypeVar
 
 import aiofiles
@@ -18,7 +18,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from mehdb.errors import BodyTooSlow, MehdbError, MethodNotAllowed, QueueFull
+from mehdb.errors import BodyTooSlow, MehdbError, MethodNotAllowed, QueueFull, Unauthorized
 
 T = TypeVar("T")
 
@@ -29,6 +29,8 @@ JOIN_BYTES_MAX: Final = 1 << 16  # below this, copying a body behind its head is
 STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 BODILESS: Final = frozenset({204, 304})  # RFC 9110, 6.4.1
 BODY_RATE_MIN: Final = 64 << 10  # bytes per second, in the long run, either way: slower only holds memory and a socket
+WAITED_S: Final = web.RequestKey("mehdb_waited_s", float)
+"""In a request: for how long it has waited for a change. Who asks for a long poll does not call that slow."""
 HEARTBEAT: Final = "Mehdb-Heartbeat"  # asked for by name: not every client passes over a 102
 BEAT_S: Final = 1.0  # two may be lost to a busy machine before a peer gives up
 FILE_CHUNK_BYTES: Final = 1 << 18  # amortises the thread that reads it
@@ -184,18 +186,22 @@ class StreamedAnswer(Answer):
 
 
 class FileAnswer(StreamedAnswer):
-    """A whole file, sent in pieces. *close* is called when it has been sent, or cannot be."""
+    """A whole file, sent in pieces. *on_sent* is told how much has been, *close* called when all has, or cannot be."""
 
-    def __init__(self, path: Path, size_bytes: int, headers: str, close: Callable[[], None]) -> None:
+    def __init__(
+        self, path: Path, size_bytes: int, headers: str, on_sent: Callable[[int], None], close: Callable[[], None]
+    ) -> None:
         super().__init__(b"", "application/vnd.sqlite3", headers=headers)
         self.content_bytes = size_bytes
         self._path = path
+        self._on_sent = on_sent
         self._close = close
 
     async def send(self, request: web.BaseRequest) -> None:
         """Send it to a client that may read slowly, but must go on reading."""
         try:
             clock = asyncio.get_running_loop().time
+            sent_bytes = 0
             due_s = clock()  # when the next chunk ought to go out, at the lowest rate
             async with asyncio.timeout(FILE_STALL_S):
                 await request.writer.write(self._head)
@@ -204,6 +210,8 @@ class FileAnswer(StreamedAnswer):
                     async with asyncio.timeout_at(min(clock(), due_s) + FILE_STALL_S):
                         await request.writer.write(chunk)
                     due_s += len(chunk) / FILE_RATE_MIN
+                    sent_bytes += len(chunk)
+                    self._on_sent(sent_bytes)
         except TimeoutError as error:
             if request.transport is not None:
                 request.transport.abort()
@@ -222,6 +230,8 @@ def error_answer(error: MehdbError) -> Answer:
     headers = ""
     if error.retry_after_s is not None:
         headers += f"Retry-After: {error.retry_after_s}\r\n"
+    if isinstance(error, Unauthorized):
+        headers += 'WWW-Authenticate: Bearer realm="mehdb"\r\n'
     if isinstance(error, MethodNotAllowed):
         headers += f"Allow: {error.allowed}\r\n"
     if error.etag and error.details.get("revision"):
@@ -232,13 +242,18 @@ def error_answer(error: MehdbError) -> Answer:
 
 @contextlib.contextmanager
 def waiting(request: web.BaseRequest) -> Iterator[None]:
-    """Have the connection count as idle while the block waits for a change: a probe may need its place."""
+    """Have the connection count as idle while the block waits for a change: a probe may need its place.
+
+    Nor is that time of the answer's duration: see `WAITED_S`.
+    """
     connection: Any = request.protocol  # each is a `server._Connection`
     connection.waits_for_change = True
+    began_s = perf_counter()
     try:
         yield
     finally:
         connection.waits_for_change = False
+        request[WAITED_S] = request.get(WAITED_S, 0.0) + perf_counter() - began_s
 
 
 async def heard(request: web.BaseRequest, work: Coroutine[Any, Any, T]) -> T:

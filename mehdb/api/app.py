@@ -4,78 +4,39 @@ It reads the raw target: aiohttp's own router would decode `a%2Fb` and `a/b` bef
 """
 
 import logging
-from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from math import ceil, inf
-from time import monotonic, time
+from time import monotonic, perf_counter, time
 from typing import Final, NamedTuple
 
 from aiohttp import web
 
 from mehdb import __version__
-from mehdb.api.acks import Acks
-from mehdb.api.answers import JOIN_BYTES_MAX, Answer, Sending, StreamedAnswer, error_answer
-from mehdb.api.batch import BatchRoutes
-from mehdb.api.bodies import Bodies
-from mehdb.api.consistency import AS_OF, Reads
-from mehdb.api.data import DataRoutes
-from mehdb.api.forward import ToLeader
-from mehdb.api.listing import ListingRoutes
+from mehdb.api.access import Gate, Need
+from mehdb.api.answers import JOIN_BYTES_MAX, WAITED_S, Answer, Sending, StreamedAnswer, error_answer
+from mehdb.api.consistency import AS_OF
 from mehdb.api.node import NodeView
-from mehdb.api.replicate import Followers, ReplicationRoutes
-from mehdb.api.requests import Target, target
-from mehdb.api.snapshot import SnapshotRoutes
-from mehdb.api.status import StatusRoutes
-from mehdb.api.watch import WatchRoutes
+from mehdb.api.requests import target
+from mehdb.api.routes import Handler, Routes
 from mehdb.errors import MehdbError, MethodNotAllowed, RouteNotFound
 from mehdb.metrics import Metrics
 from mehdb.model import Role, State
-from mehdb.settings import Settings
 from mehdb.store import Meta, Store
 
 log = logging.getLogger("mehdb.api")
-
-Handler = Callable[[web.BaseRequest, Target, str], Awaitable[web.StreamResponse]]
-"""Answers a request, given its target and the rest of the raw path behind the route's prefix."""
 
 UNKNOWN: Final = "unknown"  # what metrics call a route or method that does not exist: clients must not make labels
 
 
 class Api:
-    """The request handler of a node. Call it with a request."""
+    """The request handler of a node, for one of its ports. Call it with a request."""
 
     def __init__(
-        self, node: NodeView, store: Store, settings: Settings, followers: Followers, metrics: Metrics
+        self, node: NodeView, store: Store, metrics: Metrics, gate: Gate, routes: Routes, sending: Sending
     ) -> None:
-        bodies = Bodies(settings)
-        self._to_leader = to_leader = ToLeader(node, settings, bodies)
-        reads, acks = Reads(node, store, to_leader), Acks(store, followers, settings)
-        data = DataRoutes(node, store, bodies, to_leader, reads, acks)
-        batches = BatchRoutes(node, store, bodies, to_leader, acks)
-        listings = ListingRoutes(store, bodies, reads)
-        self._sending = Sending(settings.queue_size, settings.body_timeout)
-        watches = WatchRoutes(node, store)
-        status = StatusRoutes(node, metrics)
-        replication = ReplicationRoutes(node, store, followers, settings.snapshot_lag)
-        snapshots = SnapshotRoutes(node, store)
-        # A route that ends in a slash is a prefix: what follows it is the key.
-        self._routes: dict[str, dict[str, Handler]] = {
-            "/get/": {"GET": data.get, "HEAD": data.get},
-            "/set/": {"PUT": data.set},
-            "/delete/": {"DELETE": data.delete},
-            "/batch": {"POST": batches.batch},
-            "/get": {"POST": listings.several},
-            "/keys": {"GET": listings.keys, "HEAD": listings.keys},
-            "/watch": {"GET": watches.watch},
-            "/history/": {"GET": listings.history, "HEAD": listings.history},
-            "/status": {"GET": status.status, "HEAD": status.status},
-            "/livez": {"GET": status.livez, "HEAD": status.livez},
-            "/readyz": {"GET": status.readyz, "HEAD": status.readyz},
-            "/metrics": {"GET": status.metrics, "HEAD": status.metrics},
-            "/position": {"GET": replication.position, "HEAD": replication.position},
-            "/replicate": {"GET": replication.replicate},
-            "/snapshot": {"GET": snapshots.snapshot},
-        }
+        self._routes = routes
+        self._gate = gate
+        self._sending = sending
         self._node = node
         self._store = store
         self._metrics = metrics
@@ -83,22 +44,22 @@ class Api:
         self._common = NOTHING_SHOWN
         self._follows = node.role is Role.FOLLOWER
 
-    async def close(self) -> None:
-        """Close the connections to other nodes."""
-        await self._to_leader.close()
-
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer *request*. Never raises but for a client that has gone."""
+        begun_s = perf_counter()
         route, method, query = UNKNOWN, request.method, ""
         as_of_s = self._as_of_s()  # before anything is read: what the answer shows is no older
         try:
             where = target(request.raw_path)
             query = where.query
             route, rest = self._route(where.path)
-            answer = await self._handler(route, method)(request, where, rest)
+            handler, needs = self._handler(route, method)
+            self._gate.admit(request, route, needs, rest)
+            answer = await handler(request, where, rest)
             if isinstance(answer, Answer) and len(answer.content) > JOIN_BYTES_MAX:
                 self._sending.require(len(answer.content))
         except MehdbError as error:
+            self._gate.denied(request, route, error)
             answer = error_answer(error)
         except ConnectionError:
             raise  # the client has gone: nobody is left to answer
@@ -107,7 +68,10 @@ class Api:
             answer = error_answer(
                 MehdbError("an unexpected error, see the node's log: whether it was written is unknown")
             )
-        self._metrics.count_request(route, method if method in self._routes.get(route, ()) else UNKNOWN, answer.status)
+        known = route in self._routes and method in self._routes[route].handlers
+        # The head of the answer is all that is measured: how fast a client reads says nothing about this node.
+        duration_s = perf_counter() - begun_s - (request.get(WAITED_S, 0.0) if query else 0.0)
+        self._metrics.count_request(route, method if known else UNKNOWN, answer.status, duration_s)
         if isinstance(answer, Answer):
             if query:  # or it was not read before something was waited for
                 as_of_s = request.get(AS_OF, as_of_s)
@@ -120,7 +84,7 @@ class Api:
     def refuse(self, request: web.BaseRequest, error: MehdbError) -> web.StreamResponse:
         """Answer *error* to a *request* that could not be parsed, and end the connection."""
         answer = error_answer(error)
-        self._metrics.count_request(UNKNOWN, UNKNOWN, answer.status)
+        self._metrics.count_request(UNKNOWN, UNKNOWN, answer.status, 0.0)  # there is no telling when its head began
         answer.complete(request, self._common_headers(0, self._as_of_s()), self._sending, last=True)
         return answer
 
@@ -134,11 +98,12 @@ class Api:
             return path, ""
         raise RouteNotFound(f"no such route: there are {', '.join(self._routes)}")
 
-    def _handler(self, route: str, method: str) -> Handler:
+    def _handler(self, route: str, method: str) -> tuple[Handler, Need]:
+        needs, handlers = self._routes[route]
         try:
-            return self._routes[route][method]
+            return handlers[method], needs
         except KeyError:
-            allowed = ", ".join(self._routes[route])
+            allowed = ", ".join(handlers)
             raise MethodNotAllowed(f"{route} takes {allowed}: nothing was changed", allowed) from None
 
     def _as_of_s(self) -> float:

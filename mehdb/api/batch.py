@@ -8,6 +8,7 @@ from aiohttp import hdrs, web
 from msgspec import UNSET, UnsetType
 
 from mehdb.api import lines
+from mehdb.api.access import require
 from mehdb.api.acks import Acks
 from mehdb.api.answers import NDJSON, Answer
 from mehdb.api.bodies import Bodies
@@ -18,6 +19,7 @@ from mehdb.api.requests import REVISION_MAX, Parameters, Target
 from mehdb.errors import BadBody, BadKey, BadParameter, BatchTooLarge, ValueTooLarge
 from mehdb.model import Revision, checked_key
 from mehdb.store import Batch, Check, Store, Write
+from mehdb.tokens import Right
 
 OPERATIONS_MAX: Final = 1000  # one commit's worth: more would keep other writers waiting
 BATCH_BYTES_MAX: Final = 8 << 20
@@ -84,6 +86,8 @@ class BatchRoutes:
             body = await self._bodies.read(request, BATCH_BYTES_MAX, TOO_LARGE)
             operations = _operations(body)
             batch = Batch(tuple(self._operation(number, line) for number, line in enumerate(operations, 1)))
+            for key in batch.keys:  # of a check as well: it tells where a key is
+                require(request, Right.WRITE, key)
             recheck()
             revisions = await self._store.write_batch(batch)
             answer = _answer(operations, revisions)

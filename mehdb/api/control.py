@@ -11,6 +11,7 @@ from typing import Final, Protocol
 import msgspec
 from aiohttp import web
 
+from mehdb.api.audit import local
 from mehdb.model import DrainReport, NodeStatus
 
 JSON: Final = "application/json"
@@ -60,10 +61,12 @@ class ControlApi:
             wait_s = min(float(request.query.get("wait", "0")), WAIT_S_MAX)
         except ValueError as error:
             raise web.HTTPBadRequest(text="wait must be a number of seconds") from error
+        local(request)
         return web.Response(body=msgspec.json.encode(await self._node.drained(wait_s)), content_type=JSON)
 
     async def _suspend(self, request: web.Request) -> web.StreamResponse:
         """Suspend the node for as long as the client keeps the connection: one that dies cannot leave it suspended."""
+        local(request)
         answer = web.StreamResponse()
         async with self._node.suspended():
             await answer.prepare(request)

@@ -16,6 +16,7 @@ from mehdb.api.answers import BODILESS, BODY_RATE_MIN, JOIN_BYTES_MAX, STATUS_LI
 from mehdb.api.bodies import Bodies
 from mehdb.api.node import NodeView
 from mehdb.api.requests import Parameters, Target, boolean, seconds
+from mehdb.credentials import Credentials
 from mehdb.errors import Draining, NotLeader, OutcomeUnknown
 from mehdb.peers import Peer, Relay, Relayed
 from mehdb.settings import WAIT_S_MAX, Settings
@@ -25,9 +26,9 @@ CONNECTIONS_MAX: Final = 128  # to the leader: each holds a request under way, a
 BODY_BYTES_LEAST: Final = 8 << 20  # what a batch may have, however small the largest value is
 WAIT_S: Final = 5.0  # what a request may wait for on the leader, where it does not say
 ANSWER_S: Final = 10.0  # beyond that, until the head of an answer: a leader under load commits within seconds
-ASKED: Final = ("Content-Type", "Accept", "If-Match", "If-None-Match")  # of a request, to the leader
+ASKED: Final = ("Authorization", "Content-Type", "Accept", "If-Match", "If-None-Match")  # of a request, to the leader
 ANSWERED: Final = frozenset(
-    b"allow date etag link retry-after server x-content-type-options".split()
+    b"allow date etag link retry-after server www-authenticate x-content-type-options".split()
 )  # of an answer, to the client, beside what frames it; and all that begin with:
 OURS: Final = b"mehdb-"
 NOT_IN_TARGET: Final = re.compile(rb"[^\x21-\x7e]")  # RFC 9112, 3.2: what some clients send all the same
@@ -41,11 +42,12 @@ READ_ELSEWHERE: Final = "this node follows: send the same request to the Locatio
 class ToLeader:
     """Sends what this node cannot do, as it follows, to its leader. *bodies* bounds those that it holds."""
 
-    def __init__(self, node: NodeView, settings: Settings, bodies: Bodies) -> None:
+    def __init__(self, node: NodeView, settings: Settings, bodies: Bodies, credentials: Credentials) -> None:
         self._node = node
         self._settings = settings
-        self._bodies = bodies
-        self._leader = Peer(node.leader_url, CONNECTIONS_MAX) if node.leader_url is not None else None
+        self.bodies = bodies
+        at = node.leader_at
+        self._leader = Peer(at.url, credentials, CONNECTIONS_MAX, at) if at is not None else None
 
     async def close(self) -> None:
         """Close the connections to the leader."""
@@ -84,8 +86,8 @@ class ToLeader:
         return json_answer(body, status=307, headers=f"Location: {self._node.redirect_url}{target.text}\r\n")
 
     async def _forward(self, request: web.BaseRequest, target: Target, leader: Peer, wait_s: float) -> Answer:
-        body = await self._bodies.read(request, max(self._bodies.value_bytes_max, BODY_BYTES_LEAST))
-        with self._bodies.held(len(body)):
+        body = await self.bodies.read(request, max(self.bodies.value_bytes_max, BODY_BYTES_LEAST))
+        with self.bodies.held(len(body)):
             relay = Relay(request.method, _raw(target), _headers(request, self._node.name), body)
             relayed = await leader.forward(relay, wait_s + ANSWER_S)
         if relayed.status not in STATUS_LINES:

@@ -9,6 +9,7 @@ import msgspec
 from aiohttp import web
 
 from mehdb.api import lines
+from mehdb.api.access import require
 from mehdb.api.answers import JSON, NDJSON, Answer
 from mehdb.api.bodies import Bodies
 from mehdb.api.consistency import Reads
@@ -18,6 +19,7 @@ from mehdb.errors import AnswerTooLarge, BadBody, BatchTooLarge, KeyNotFound
 from mehdb.model import Change, checked_key
 from mehdb.settings import whole_number
 from mehdb.store import Folder, Query, Store, history, list_page
+from mehdb.tokens import Right
 
 LIMIT_DEFAULT: Final = 1000  # one screenful for a person, one round trip for a program
 LIMIT_MAX: Final = 10_000  # at 1 KiB a key, 10 MiB in memory
@@ -44,6 +46,7 @@ class ListingRoutes:
         values = parameters.take("values", boolean, default=False)
         if answer := await self._reads.admit(request, target, parameters):
             return answer
+        require(request, Right.READ, texts["prefix"].encode())
         refuse_if_empty(self._store)
         query = Query(**{name: text.encode() for name, text in texts.items()}, limit=limit, values=values)
         # Encoded in the thread of the scan as well: ten thousand keys would keep all other requests waiting meanwhile.
@@ -62,6 +65,8 @@ class ListingRoutes:
             return answer
         body = await self._bodies.read(request, KEYS_BYTES_MAX, TOO_LARGE)
         keys = _keys(body)
+        for key in keys:
+            require(request, Right.READ, key)
         refuse_if_empty(self._store)
         revision, changes = await self._store.several(keys, ANSWER_BYTES_MAX)
         now_ms, found = self._store.now_ms(), {change.key: change for change in changes}

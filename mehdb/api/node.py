@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from mehdb.model import Epoch, NodeStatus, Position, Role, State
+from mehdb.route import Whereabouts
 
 
 class Check(NamedTuple):
@@ -33,8 +34,8 @@ class NodeView(Protocol):
         ...
 
     @property
-    def leader_url(self) -> str | None:
-        """The leader's base URL as nodes reach it; None on the leader."""
+    def leader_at(self) -> Whereabouts | None:
+        """Where nodes reach the leader; None on the leader."""
         ...
 
     @property

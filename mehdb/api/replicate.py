@@ -6,6 +6,7 @@ are, without any state on disk.
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import floor
 from time import monotonic
@@ -113,12 +114,24 @@ class Followers:
             if now - seen.at_s < CONNECTED_S and (seen.revision < head or not seen.told)
         )
 
-    def status(self, head: Revision) -> tuple[FollowerStatus, ...]:
-        """Return those heard of lately, by name, with their lag behind *head*."""
+    def status(
+        self, head: Revision, came_at_s: Callable[[Revision], float | None] = lambda _revision: None
+    ) -> tuple[FollowerStatus, ...]:
+        """Return those heard of lately, by name, and how far they are behind *head*.
+
+        *came_at_s* tells when a revision came to be, by the monotonic clock.
+        """
         now = monotonic()
+
+        def lag_s(held: Revision) -> float | None:
+            lacks_since_s = now if held >= head else came_at_s(Revision(held + 1))
+            return None if lacks_since_s is None else round(max(0.0, now - lacks_since_s), 3)
+
         self._seen = {node: seen for node, seen in self._seen.items() if now - seen.at_s < FORGET_AFTER_S}
         return tuple(
-            FollowerStatus(node, seen.revision, max(0, head - seen.revision), round(now - seen.at_s, 3))
+            FollowerStatus(
+                node, seen.revision, max(0, head - seen.revision), round(now - seen.at_s, 3), lag_s(seen.revision)
+            )
             for node, seen in sorted(self._seen.items())
         )
 

@@ -11,7 +11,7 @@ import resource
 from asyncio import BaseTransport, Task, TimerHandle
 from operator import itemgetter
 from time import monotonic
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
@@ -19,6 +19,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
 from mehdb.api.app import Api
+from mehdb.api.handshake import Connection, Patience
 from mehdb.errors import HeadTooSlow, MalformedRequest, MehdbError, RequestError
 
 log = logging.getLogger("mehdb.api")
@@ -28,14 +29,6 @@ HEAD_BYTES_MAX: Final = 32 << 10  # of a head that comes in pieces: what many ha
 HEADERS_MAX: Final = 64  # with aiohttp's 8 KiB for each
 PICKED_AT_ONCE: Final = 64  # looking through all connections for those to close is shared by so many new ones
 CALM_S: Final = 60.0  # without too many connections, before the next time is told again
-
-
-class Patience(NamedTuple):
-    """How long a connection has waited for its client. Of two, the lower is closed first."""
-
-    in_request: bool
-    """Whether a request is under way: its body is waited for, or that its answer is read."""
-    since: float
 
 
 class ApiServer(web.Server):
@@ -50,15 +43,15 @@ class ApiServer(web.Server):
         self.api = api
         self.head_timeout_s = head_timeout_s
         self._connections_max = _allowed(connections_max)
-        self._open: set[_Connection] = set()
-        self._picked: list[tuple[Patience, _Connection]] = []
+        self._open: set[Connection] = set()
+        self._picked: list[tuple[Patience, Connection]] = []
         self._crowded_at_s = -CALM_S
 
     def __call__(self) -> web.RequestHandler:
         """Return the protocol of a new connection."""
         return _Connection(self, loop=self._loop, **self._kwargs)
 
-    def opened(self, connection: "_Connection") -> None:
+    def opened(self, connection: "Connection") -> None:
         """Count *connection*, and close another for it, or it, if that is one too many."""
         self._open.add(connection)
         if len(self._open) > self._connections_max:
@@ -67,7 +60,7 @@ class ApiServer(web.Server):
             self._open.discard(unlucky)
             unlucky.abort()
 
-    def closed(self, connection: "_Connection") -> None:
+    def closed(self, connection: "Connection") -> None:
         """Count *connection* no longer."""
         self._open.discard(connection)
 
@@ -82,7 +75,7 @@ class ApiServer(web.Server):
         connection.content = content  # type: ignore[attr-defined]  # each is a _Connection: a check would cost each request
         return web.BaseRequest(message, content, connection, writer, task, self._loop)
 
-    def _most_patient(self, newest: "_Connection") -> "_Connection":
+    def _most_patient(self, newest: "Connection") -> "Connection":
         """Return the connection that has waited longest for its client; *newest* if none waits."""
         for again in (True, False):
             while self._picked:
@@ -100,7 +93,7 @@ class ApiServer(web.Server):
         """Log the first connection too many, and again only after a time without."""
         now = monotonic()
         if now - self._crowded_at_s >= CALM_S:
-            log.warning("too many connections max_connections=%d: closing the longest idle", self._connections_max)
+            log.warning("too many connections, closing the longest idle max_connections=%d", self._connections_max)
         self._crowded_at_s = now
 
 

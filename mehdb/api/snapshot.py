@@ -29,6 +29,7 @@ class SnapshotRoutes:
     async def snapshot(self, request: web.BaseRequest, target: Target, _rest: str) -> FileAnswer:
         """Answer with a snapshot: a SQLite database, with its digest and its position in the headers."""
         no_parameters(target.query)
+        sent = self._store.sent
         self._node.require_leading()
         if self._store.meta.history is None:
             raise NotSynced("this node holds nothing yet: ask another one")
@@ -39,11 +40,17 @@ class SnapshotRoutes:
             raise SnapshotBusy("another snapshot is being sent, one at a time: try again in a moment") from error
         try:
             snapshot = await heard(request, self._store.snapshot())
+            sent.move(0, snapshot.size_bytes)
         except BaseException:
             self._turn.release()
             raise
 
+        def on_sent(done_bytes: int) -> None:
+            sent.move(done_bytes, snapshot.size_bytes)
+
         def close() -> None:
+            sent.completed += sent.done_bytes == snapshot.size_bytes
+            sent.move(0, 0)
             snapshot.path.unlink(missing_ok=True)
             self._turn.release()
 
@@ -53,4 +60,4 @@ class SnapshotRoutes:
             f"Mehdb-Snapshot-History: {meta.history}\r\nMehdb-Snapshot-Revision: {meta.head}\r\n"
             f"Mehdb-Snapshot-Chain: {meta.chain.hex()}\r\n"
         )
-        return FileAnswer(snapshot.path, snapshot.size_bytes, headers, close)
+        return FileAnswer(snapshot.path, snapshot.size_bytes, headers, on_sent, close)

@@ -5,6 +5,7 @@ from typing import Final
 from aiohttp import web
 
 from mehdb import metrics
+from mehdb.api.access import Anyone, Gate
 from mehdb.api.answers import JSON, TEXT, Answer, json_answer
 from mehdb.api.node import NodeView
 from mehdb.api.requests import Parameters, Target, no_parameters
@@ -23,7 +24,9 @@ def _level(text: str) -> str:
 class StatusRoutes:
     """The routes for people, probes and Prometheus. None of them reads the disk or asks another node."""
 
-    def __init__(self, node: NodeView, node_metrics: Metrics) -> None:
+    def __init__(self, node: NodeView, node_metrics: Metrics, gate: Gate | None) -> None:
+        """Without a *gate*, which says who may know, nothing is told but what probes need."""
+        self._gate = gate
         self._node = node
         self._metrics = node_metrics
 
@@ -32,7 +35,8 @@ class StatusRoutes:
         parameters = Parameters(target.query)
         level = parameters.take("level", _level, "brief")
         parameters.finish()
-        if JSON in request.headers.get("Accept", ""):
+        if self._gate is not None and JSON in request.headers.get("Accept", ""):
+            self._gate.admit(request, "/status", Anyone.KNOWN)
             return json_answer(self._node.status())
         if level == "brief":
             return Answer(self._node.role.encode())

@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from mehdb.api import lines
+from mehdb.api.access import require
 from mehdb.api.answers import JOIN_BYTES_MAX, NDJSON, Answer, StreamedAnswer, waiting
 from mehdb.api.data import refuse_if_empty
 from mehdb.api.listing import next_link
@@ -25,6 +26,7 @@ from mehdb.errors import BadParameter, Compacted, Diverged, MehdbError, Stopping
 from mehdb.model import Change, Revision
 from mehdb.settings import WAIT_S_MAX
 from mehdb.store import Store
+from mehdb.tokens import Right
 
 log = logging.getLogger("mehdb.api")
 
@@ -80,6 +82,7 @@ class WatchRoutes:
         history = parameters.take("history", history_id, None)
         wait_s = parameters.take("wait", seconds(WAIT_S_MAX), None)
         parameters.finish()
+        require(request, Right.READ, prefix.encode())
         refuse_if_empty(self._store)
         meta = self._store.meta
         if history is not None and history != meta.history:
@@ -137,6 +140,7 @@ class Watch:
         """Return when there may be more, at most after *timeout_s*. Raises `Stopping` when the node does."""
         if self.node.closing or self._store.waits_no_more:
             raise Stopping("this node stops: go on at another one, from where this one ends")
+        require(request, Right.READ, self._prefix)  # a token may be taken back meanwhile
         with waiting(request):
             await self._store.wait_to_watch(self.position, timeout_s)
 
@@ -180,7 +184,7 @@ class WatchAnswer(StreamedAnswer):
             except ConnectionError:
                 raise  # the client has gone: nobody is left to tell
             except Exception:  # an answer is under way: another one must not be put into it
-                log.exception("unexpected route=/watch method=GET")
+                log.exception("unexpected route=%s method=%s", "/watch", request.method)
                 self._end(transport, MehdbError("an unexpected error, see the node's log: watch again"))
 
     async def _stream(self, request: web.BaseRequest, transport: Transport) -> None:

@@ -13,18 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from mehdb.client.flags import Asked, with_flags
 from mehdb.errors import KeyNotFound, MehdbError, OutcomeUnknown, PeerUnreachable, SettingsError, StoreFailed
 from mehdb.model import VALUE_BYTES_LIMIT
 from mehdb.progress import progress_bar
-from mehdb.settings import base_url
 
 if TYPE_CHECKING:
-    from mehdb.client.http import Client
     from mehdb.client.tree import Carried
 
 EXIT_FAILED: Final = 1
-URL: Final = "http://localhost:9876"
-TOKEN_BYTES_MAX: Final = 8000  # with its name, as long as a header may be
 COMPLETIONS_MAX: Final = 100  # more than that nobody reads
 COMPLETION_TIMEOUT_S: Final = 1.0  # somebody waits with a finger on the key
 
@@ -33,16 +30,16 @@ COMPLETION_TIMEOUT_S: Final = 1.0  # somebody waits with a finger on the key
 
 def _complete_key(context: typer.Context, incomplete: str) -> list[str]:
     """Return keys that begin with what has been typed. What goes wrong is no matter here: then there are none."""
-    from mehdb.client.http import Client, Request
+    from mehdb.client.http import Request
     from mehdb.client.lines import decode_keys, query
 
     found: list[str] = []
 
     def look() -> None:
         with contextlib.suppress(MehdbError, UnicodeError):
-            urls = _urls(context.params.get("url") or URL)
+            given = {name: context.params[name] for name in Asked.__dataclass_fields__ if context.params.get(name)}
             target = query("/keys", {"prefix": incomplete, "limit": str(COMPLETIONS_MAX)})
-            with Client(urls, _token(context.params.get("token_file")), COMPLETION_TIMEOUT_S) as client:
+            with Asked(**given).client(COMPLETION_TIMEOUT_S) as client:
                 answer = client.ask(Request("GET", target))
             if answer.status == 200:
                 found.extend(decode_keys(answer.body))
@@ -54,19 +51,6 @@ def _complete_key(context: typer.Context, incomplete: str) -> list[str]:
     return list(found)
 
 
-Url = Annotated[
-    str,
-    typer.Option(
-        "--url", envvar="MEHDB_URL", help="Where a node is; several, with commas between: the first that answers."
-    ),
-]
-TokenFile = Annotated[
-    Path | None,
-    typer.Option("--token-file", envvar="MEHDB_TOKEN_FILE", help="A file with the token that requests bear."),
-]
-Timeout = Annotated[
-    float, typer.Option("--timeout", min=0.1, max=3600, help="How many seconds a request may take, with its retries.")
-]
 Key = Annotated[str, typer.Argument(help="The key.", autocompletion=_complete_key)]
 NewKey = Annotated[str, typer.Argument(help="The key.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -78,19 +62,18 @@ Acks = Annotated[int | None, typer.Option("--acks", min=0, max=100, help="How ma
 Prefix = Annotated[str, typer.Option("--prefix", help="What keys begin with, and paths do not.")]
 
 
+@with_flags(Asked)
 def get(
+    asked: Asked,
     key: Key,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A file to write the value to.")] = None,
     revision: Annotated[int | None, typer.Option(min=1, help="The value as it was at this revision.")] = None,
-    url: Url = URL,
-    token_file: TokenFile = None,
-    timeout: Timeout = 10.0,
 ) -> None:
     """Print a value, byte for byte. Exits with 1 if there is none."""
     from mehdb.client.http import Request, key_in_url
     from mehdb.client.lines import query
 
-    with _client(url, token_file, timeout) as client:
+    with asked.client() as client:
         target = query(f"/get/{key_in_url(_text(key, 'KEY'))}", {"revision": str(revision or "")})
         answer = client.ask(Request("GET", target))
     if answer.status == 404:
@@ -104,7 +87,9 @@ def get(
             output.write_bytes(answer.body)
 
 
+@with_flags(Asked)
 def set_(
+    asked: Asked,
     key: NewKey,
     value: Annotated[
         str | None, typer.Argument(help='The value; "-", or nothing in a pipe: what standard input holds.')
@@ -115,15 +100,12 @@ def set_(
     if_none_match: IfNoneMatch = None,
     content_type: Annotated[str | None, typer.Option(help="What the value is, as in text/plain.")] = None,
     acks: Acks = None,
-    url: Url = URL,
-    token_file: TokenFile = None,
-    timeout: Timeout = 10.0,
 ) -> None:
     """Write a value, and print its revision."""
     from mehdb.client.writes import Conditions, set_key
 
     data = _value(value, file)
-    with _client(url, token_file, timeout) as client:
+    with asked.client() as client:
         written = set_key(
             client, _text(key, "KEY"), data, conditions=Conditions(if_match, if_none_match),
             ttl=None if ttl is None else f"{ttl:.3f}", content_type=content_type, acks=acks,
@@ -131,36 +113,34 @@ def set_(
     _print_written(written.revision, written.note)
 
 
+@with_flags(Asked)
 def delete(
+    asked: Asked,
     key: Key,
     if_match: IfMatch = None,
     acks: Acks = None,
-    url: Url = URL,
-    token_file: TokenFile = None,
-    timeout: Timeout = 10.0,
 ) -> None:
     """Delete a key, and print the revision. Exits with 1 if there is none."""
     from mehdb.client.writes import Conditions, delete_key
 
-    with _client(url, token_file, timeout) as client:
+    with asked.client() as client:
         written = delete_key(client, _text(key, "KEY"), conditions=Conditions(if_match), acks=acks)
     _print_written(written.revision, written.note)
 
 
+@with_flags(Asked)
 def keys(
+    asked: Asked,
     prefix: Annotated[str, typer.Argument(help="What the keys begin with.")] = "",
     delimiter: Annotated[str, typer.Option(help='What ends a folder, such as "/": each is then one line.')] = "",
     as_json: Json = False,
-    url: Url = URL,
-    token_file: TokenFile = None,
-    timeout: Timeout = 10.0,
 ) -> None:
     """List keys in byte order, a line each: all that there are. A key may hold a newline: then --json tells."""
     import msgspec
 
     from mehdb.client.lines import list_keys
 
-    with _client(url, token_file, timeout) as client:
+    with asked.client() as client:
         found = list_keys(client, _text(prefix, "PREFIX"), _text(delimiter, "--delimiter"))
         between = "["
         for key in found:
@@ -170,54 +150,52 @@ def keys(
         _print(b"[]\n" if between == "[" else b"]\n")
 
 
+@with_flags(Asked)
 def watch(
+    asked: Asked,
     prefix: Annotated[str, typer.Argument(help="What the keys begin with.")] = "",
     after: Annotated[int | None, typer.Option(min=0, help="Begin after this revision, in place of now.")] = None,
-    url: Url = URL,
-    token_file: TokenFile = None,
-    timeout: Timeout = 10.0,
 ) -> None:
     """Print each change as a line of JSON, once and in order, until Ctrl-C. It finds its way back to a node."""
     from mehdb.client.watch import Watch
 
-    with _client(url, token_file, timeout) as client:
+    with asked.client() as client:
         for line in Watch(client, _text(prefix, "PREFIX"), after).lines():
             _print(line + b"\n")
 
 
+@with_flags(Asked)
 def import_(
+    asked: Asked,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Its files become keys.")],
     prefix: Prefix = "",
-    url: Url = URL,
-    token_file: TokenFile = None,
-    timeout: Timeout = 10.0,
 ) -> None:
     """Write each file in a folder to a key. Run again, it skips what is there and equal."""
     from mehdb.client.tree import import_tree
 
-    with _client(url, token_file, timeout) as client, _carrying() as carried, progress_bar() as on_step:
+    with asked.client() as client, _carrying() as carried, progress_bar() as on_step:
         import_tree(client, folder, _text(prefix, "--prefix"), carried, on_step)
 
 
+@with_flags(Asked)
 def export(
+    asked: Asked,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Is made, if it is not there.")],
     prefix: Prefix = "",
-    url: Url = URL,
-    token_file: TokenFile = None,
-    timeout: Timeout = 10.0,
 ) -> None:
     """Write each key to a file in a folder. Run again, it skips what is there and equal."""
     from mehdb.client.tree import export_tree
 
-    with _client(url, token_file, timeout) as client, _carrying() as carried, progress_bar() as on_step:
+    with asked.client() as client, _carrying() as carried, progress_bar() as on_step:
         export_tree(client, folder, _text(prefix, "--prefix"), carried, on_step)
 
 
-def status(as_json: Json = False, url: Url = URL, token_file: TokenFile = None, timeout: Timeout = 3.0) -> None:
+@with_flags(Asked, timeout=3.0)
+def status(asked: Asked, as_json: Json = False) -> None:
     """Show the whole cluster. Exits with 0 if all nodes asked are ready and one leads, else with 1."""
     from mehdb.client.overview import COLUMNS, overview
 
-    found = overview(_urls(url), _token(token_file), timeout)
+    found = overview(asked.urls(), asked.credentials(), asked.timeout)
     if as_json:
         import msgspec
 
@@ -246,14 +224,6 @@ def register(app: typer.Typer) -> None:
 
 
 @contextlib.contextmanager
-def _client(url: str, token_file: Path | None, timeout_s: float) -> Iterator["Client"]:
-    from mehdb.client.http import Client
-
-    with Client(_urls(url), _token(token_file), timeout_s) as client:
-        yield client
-
-
-@contextlib.contextmanager
 def _carrying() -> Iterator["Carried"]:
     """Say at the end what has been carried, also at an end that comes too early."""
     from mehdb.client.tree import Carried
@@ -271,28 +241,6 @@ def _carrying() -> Iterator["Carried"]:
             typer.echo(what, err=True)
     if carried.problems:
         raise typer.Exit(EXIT_FAILED)
-
-
-def _urls(text: str) -> tuple[str, ...]:
-    """Return the base URLs in *text*. Raises `SettingsError`."""
-    try:
-        return tuple(base_url(url.strip()) for url in text.split(","))
-    except ValueError as error:
-        raise SettingsError([f"--url: {error}"]) from error
-
-
-def _token(path: Path | None) -> str | None:
-    """Return the token in the file at *path*. Raises `SettingsError`."""
-    if path is None:
-        return None
-    with _file("--token-file"), path.open("rb") as file:
-        token = file.read(TOKEN_BYTES_MAX + 1).strip()
-    fits = 0 < len(token) <= TOKEN_BYTES_MAX
-    if not (fits and token.isascii() and token.decode().isprintable() and b" " not in token):
-        raise SettingsError(
-            [f"--token-file: {path} must hold one token, of at most {TOKEN_BYTES_MAX} characters of ASCII, no spaces"]
-        )
-    return token.decode()
 
 
 def _value(value: str | None, file: Path | None) -> bytes:

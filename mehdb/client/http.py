@@ -21,6 +21,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from mehdb.credentials import ANONYMOUS, Credentials
 from mehdb.errors import OutcomeUnknown, PeerAnswerInvalid, PeerRefused, PeerUnreachable, SettingsError
 from mehdb.model import PAGE_BYTES_MAX, error_message
 
@@ -113,13 +114,15 @@ class _Lost(Exception):
 class Client:
     """Asks the nodes at *urls*, the one that answered last before the others. Each request may take *timeout_s*.
 
-    *token* goes with each request, also where a node redirects it to, and nowhere else. Threads may share it.
+    The token in *credentials* goes with each request, also where a node redirects it to, and nowhere else. Threads may
+    share it.
     """
 
-    def __init__(self, urls: tuple[str, ...], token: str | None = None, timeout_s: float = 10.0) -> None:
+    def __init__(self, urls: tuple[str, ...], credentials: Credentials = ANONYMOUS, timeout_s: float = 10.0) -> None:
         self.urls = urls
         self.timeout_s = timeout_s
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._credentials = credentials
+        self._headers = credentials.headers()
         self._clients: dict[str, httpx.Client] = {}
         self._first = 0
         self._stack = contextlib.ExitStack()
@@ -259,7 +262,7 @@ class Client:
         """Return one client for each scheme: reading the authorities' certificates takes longer than a request."""
         with self._making:
             if scheme not in self._clients:
-                tls = httpx.create_ssl_context() if scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                tls = self._credentials.client if scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
                 self._clients[scheme] = self._stack.enter_context(httpx.Client(verify=tls, trust_env=False))
             return self._clients[scheme]
 

@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from mehdb.client.http import Client, Request
+from mehdb.credentials import Credentials
 from mehdb.errors import MehdbError
 from mehdb.model import NodeStatus, Role, decode_status
 
@@ -56,12 +57,12 @@ class Overview(msgspec.Struct, frozen=True):
     nodes: tuple[Row, ...]
 
 
-def overview(urls: Sequence[str], token: str | None, timeout_s: float) -> Overview:
+def overview(urls: Sequence[str], credentials: Credentials, timeout_s: float) -> Overview:
     """Ask the nodes at *urls*, and the leaders that they follow, within twice *timeout_s*."""
-    answers = _ask_all(urls, token, timeout_s)
+    answers = _ask_all(urls, credentials, timeout_s)
     followed = {answer.leader.url for answer in answers.values() if isinstance(answer, NodeStatus) and answer.leader}
     leads = any(isinstance(answer, NodeStatus) and answer.role is Role.LEADER for answer in answers.values())
-    for url, answer in _ask_all(sorted(followed - set(answers)), token, timeout_s).items():
+    for url, answer in _ask_all(sorted(followed - set(answers)), credentials, timeout_s).items():
         # Followers may know the leader by a name that means nothing here: no matter, if it was found by another.
         if isinstance(answer, NodeStatus) or not leads:
             answers[url] = answer
@@ -90,12 +91,12 @@ def human_size(size_bytes: int) -> str:
     return f"{size:.0f} {UNITS[unit]}" if unit == 0 else f"{size:.1f} {UNITS[unit]}"
 
 
-def _ask_all(urls: Sequence[str], token: str | None, timeout_s: float) -> dict[str, NodeStatus | str]:
+def _ask_all(urls: Sequence[str], credentials: Credentials, timeout_s: float) -> dict[str, NodeStatus | str]:
     """Return the status of the node at each of *urls*, or why there is none."""
 
     def ask(url: str) -> NodeStatus | str:
         try:
-            with Client((url,), token, timeout_s) as client:
+            with Client((url,), credentials, timeout_s) as client:
                 answer = client.ask(Request("GET", "/status", headers={"Accept": "application/json"}))
             return decode_status(answer.body) if answer.status == 200 else str(answer.refused())
         except MehdbError as error:

@@ -5,6 +5,7 @@ can be asked, and never begins a history while one may exist elsewhere.
 
     table.py    what follows from what: `decide`, a pure function
     leader.py   `Leader`: asks, carries out what was decided, leads, and looks again when a peer shows up
+    known.py    `KnownPeers`: whom to ask, and what they say
     rounds.py   `Rounds`: one round of questions for all readers who want to know that this node still leads
 """
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
@@ -9,6 +10,8 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from mehdb.credentials import ANONYMOUS, Credentials
+from mehdb.discovery import Neighbours
 from mehdb.errors import (
     Compacted,
     DamagedRow,
@@ -16,18 +19,17 @@ from mehdb.errors import (
     Diverged,
     NotConfirmedLeader,
     NotNow,
-    PeerAbsent,
     PeerError,
-    PeerUnreachable,
     SnapshotRefused,
 )
-from mehdb.model import Chain, Epoch, NodePosition, Position, Revision, State
+from mehdb.model import Chain, Epoch, Position, Revision, State
 from mehdb.peers import Peer, Pull
+from mehdb.recovery.known import KnownPeers
 from mehdb.recovery.rounds import Rounds
 from mehdb.recovery.table import CatchUp, Decision, Lead, Own, Peers, Refuse, TakeSnapshot, Wait, contradiction, decide
 from mehdb.roles import Leadership
 from mehdb.store import Store
-from mehdb.transfer import fetch
+from mehdb.transfer import ProgressLog, fetch
 
 log = logging.getLogger("mehdb.recovery")
 
@@ -37,18 +39,25 @@ ASK_MOST_S: Final = 5.0  # between two tries to take a peer's data: each may hav
 ASK_AGAIN_S: Final = 2.0  # between two looks at peers that seem to hold more, or for room on the volume
 SETTLED_AFTER_S: Final = 30.0  # pods start one after the other: the next one should have come by then
 CONFIRM_TIMEOUT_S: Final = 3.0  # a reader waits for it; a peer that is alive needs milliseconds
-PEERS_MAX: Final = 128  # with those that have shown up by themselves
-ASKED_AT_ONCE: Final = 8  # pods have consecutive ordinals: where so many in a row do not exist, no more are looked for
 EPOCH_STEP_MAX: Final = 1_000_000  # a store that is older than so many starts is none of ours: who says so is wrong
 
 
 class Leader:
     """Recovers *store* from the peers, leads, and looks again when a peer shows up that holds more.
 
+    The peers are those at *peer_urls* that exist, and all *neighbours*, among whom is this *node* itself.
     `run` never returns; `state` and `problem` say how it goes.
     """
 
-    def __init__(self, store: Store, leadership: Leadership, peer_urls: Sequence[str]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        leadership: Leadership,
+        peer_urls: Sequence[str],
+        credentials: Credentials = ANONYMOUS,
+        neighbours: Neighbours | None = None,
+        node: str = "",
+    ) -> None:
         self.state = State.RECOVERING
         self.problem: str | None = "asking its peers what they hold"
         self._store = store
@@ -59,8 +68,7 @@ class Leader:
         self._forked: frozenset[str] = frozenset()
         self._unclear: frozenset[str] = frozenset()
         self._diverged: frozenset[str] = frozenset()  # what they said when last asked
-        self._peers = [Peer(url) for url in peer_urls]
-        self._guests: set[str] = set()  # the URLs of those that have shown up by themselves
+        self._known = KnownPeers(peer_urls, credentials, neighbours, node)
         self._epoch_seen = Epoch(0)  # by a peer, in this store's history
         self._confirmations = Rounds(self._obstacle_to_leading, "confirm leading")
 
@@ -71,9 +79,8 @@ class Leader:
         is ready, and it cannot be ready before its leader leads. *epoch* is the highest that it has seen in this
         store's history.
         """
-        if url and url not in {peer.url for peer in self._peers} and len(self._peers) < PEERS_MAX:
-            self._peers.insert(0, Peer(url))
-            self._guests.add(url)
+        if url:
+            self._known.add_guest(url)
         if epoch <= self._store.meta.epoch + EPOCH_STEP_MAX:
             self._epoch_seen = max(self._epoch_seen, epoch)
         if self._led_from == self._store.head:
@@ -87,18 +94,18 @@ class Leader:
         back to the table after a change of its own.
         """
         waited = monotonic() - self._led_at_s > SETTLED_AFTER_S
-        return self.state is State.SERVING and (self._led_from != self._store.head or not self._peers or waited)
+        return self.state is State.SERVING and (self._led_from != self._store.head or not self._known or waited)
 
     async def run(self) -> None:
         """Recover and lead, for ever."""
+        log.info("recovering revision=%d", self._store.head)
         try:
             while True:
                 await self._recover()
                 await self._until_peers_hold_more()
         finally:
             await self._confirmations.close()
-            for peer in self._peers:
-                await peer.disconnect()
+            await self._known.close()
 
     async def confirm(self) -> None:
         """Return once all peers that exist have said, after this was called, that they know of no later leader.
@@ -110,7 +117,8 @@ class Leader:
 
     async def _obstacle_to_leading(self) -> str | None:
         """Ask the peers, and return why another node may lead by now, if that is so."""
-        peers = await self._ask(asyncio.get_running_loop().time() + CONFIRM_TIMEOUT_S)
+        end_s = asyncio.get_running_loop().time() + CONFIRM_TIMEOUT_S
+        peers = await self._known.ask(self._store.meta.epoch, end_s, refusing_is_silent=False)
         meta = self._store.meta
         for url, one in peers.positions.items():
             if one.history == meta.history and (one.epoch > meta.epoch or one.revision > meta.head):
@@ -119,7 +127,7 @@ class Leader:
         if self._epoch_seen > meta.epoch:
             return f"a node has seen epoch {self._epoch_seen}, and this one leads in {meta.epoch}"
         # Guests may have moved to another address since they came; they would have come again, and told their epoch.
-        silent = [f"{url} does not answer" for url in peers.silent if url not in self._guests]
+        silent = [f"{url} does not tell ({why})" for url, why in peers.silent.items() if url not in self._known.guests]
         return "; ".join(silent) or None
 
     async def _recover(self) -> None:
@@ -139,7 +147,7 @@ class Leader:
                 if isinstance(decision, Refuse):
                     delay_s = ASK_MOST_S  # an operator is waited for
                 if waited and isinstance(decision, Wait):
-                    await self._forget_guests()  # they came by themselves, and would again
+                    await self._known.forget_guests()  # they came by themselves, and would again
             except (PeerError, Compacted, DiskFull, DamagedRow, NotNow) as error:
                 self.problem = f"{error.code}: {error}"
                 delay_s = min(2 * delay_s, ASK_AGAIN_S if isinstance(error, DiskFull) else ASK_MOST_S)
@@ -200,7 +208,7 @@ class Leader:
         obstacle: PeerError | Compacted | None = None
         for url in urls:
             try:
-                if await work(self._peer(url)):
+                if await work(self._known.at(url)):
                     return True
             except Diverged as error:
                 log.warning('forked peer=%s reason="%s"', url, error)
@@ -249,7 +257,8 @@ class Leader:
         store, before = self._store, self._store.reached()
         damaged = store.damaged is not None
         try:
-            meta = await fetch(peer, store.incoming)
+            with store.taken.under_way():
+                meta = await fetch(peer, store.incoming, ProgressLog(peer.url, store.taken))
             if before.history == meta.history and not await store.continued_by(store.incoming):
                 if peer.url in self._diverged and not damaged:
                     self._unclear |= {peer.url}
@@ -289,25 +298,11 @@ class Leader:
         reached, epoch = self._store.reached(), max(self._store.meta.epoch, self._epoch_seen)
         return Own(reached.history, reached.revision, epoch, self._store.damaged)
 
-    async def _ask(self, end_s: float | None = None) -> Peers:
-        """Return what all peers say that exist, until *end_s* of the loop's clock: who has not answered is silent."""
-        positions: dict[str, NodePosition] = {}
-        silent: dict[str, str] = {}
-        peers = list(self._peers)  # others may show up meanwhile
-        for start in range(0, len(peers), ASKED_AT_ONCE):
-            several = peers[start : start + ASKED_AT_ONCE]
-            answers = await asyncio.gather(*(_position(peer, end_s) for peer in several), return_exceptions=True)
-            for peer, answer in zip(several, answers, strict=True):
-                if isinstance(answer, NodePosition):
-                    positions[peer.url] = answer
-                elif not isinstance(answer, PeerError):
-                    raise answer
-                elif not isinstance(answer, PeerAbsent):
-                    silent[peer.url] = str(answer)
-            if all(isinstance(answer, PeerAbsent) for answer in answers):
-                break
-        self._diverged = frozenset(url for url, one in positions.items() if one.state is State.DIVERGED)
-        return Peers(positions, silent, self._forked, self._unclear)
+    async def _ask(self) -> Peers:
+        """Return what all peers say that exist."""
+        peers = await self._known.ask(self._store.meta.epoch)
+        self._diverged = frozenset(url for url, one in peers.positions.items() if one.state is State.DIVERGED)
+        return dataclasses.replace(peers, forked=self._forked, unclear=self._unclear)
 
     async def _against_mark(self, own: Own, peers: Peers) -> set[str]:
         """Return the peers that never were where this store, which is damaged, was when it last acknowledged."""
@@ -315,7 +310,7 @@ class Leader:
         for url, one in peers.with_data().items():
             if one.history == own.history and one.revision >= own.head:
                 try:
-                    await self._pull(self._peer(url), self._store.reached())
+                    await self._pull(self._known.at(url), self._store.reached())
                 except Diverged:
                     against.add(url)
                 except (Compacted, PeerError):  # it cannot tell
@@ -333,7 +328,9 @@ class Leader:
             if url == best or said_by_own or one.history != peers.positions[best].history or url in peers.forked:
                 continue
             try:
-                await self._pull(self._peer(best), Position(one.history, one.revision, Chain(bytes.fromhex(one.chain))))
+                await self._pull(
+                    self._known.at(best), Position(one.history, one.revision, Chain(bytes.fromhex(one.chain)))
+                )
             except Diverged:
                 others.append(url)
             except Compacted:  # only what they say of themselves is left: that one of them is not with its leader
@@ -343,27 +340,8 @@ class Leader:
                 continue
         return others
 
-    def _peer(self, url: str) -> Peer:
-        return next(peer for peer in self._peers if peer.url == url)
-
     async def _pull(self, peer: Peer, position: Position) -> Pull:
         meta = self._store.meta
         return await peer.pull(
             position, meta.epoch, node=None, durable=position.revision, wait_s=0, pages_only=True, from_leader=False
         )
-
-    async def _forget_guests(self) -> None:
-        guests = [peer for peer in self._peers if peer.url in self._guests]
-        self._peers = [peer for peer in self._peers if peer.url not in self._guests]
-        self._guests.clear()
-        for peer in guests:
-            await peer.disconnect()
-
-
-async def _position(peer: Peer, end_s: float | None) -> NodePosition:
-    """Return where *peer* is, if it says so until *end_s* of the loop's clock. Raises `PeerError`."""
-    try:
-        async with asyncio.timeout_at(end_s):
-            return await peer.position()
-    except TimeoutError as error:
-        raise PeerUnreachable(f"{peer.url}: no answer in time") from error

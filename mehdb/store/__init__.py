@@ -15,6 +15,8 @@
     schema.py   the tables, the pragmas, opening and creating
     seal.py     the CRC of a row and the chain over all of them
     mark.py     the acknowledged mark: up to where the store must reach; the note that it has diverged
+    tally.py    what it counts of its own work
+    moments.py  when each revision came to be
     room.py     the reserve of the volume, and the ballast
     snapshot.py a copy of the whole store: made, verified, put in a store's place
     check.py    every invariant of the schema, verified

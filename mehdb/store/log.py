@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from time import perf_counter
 from typing import Final, cast
 
 import apsw
@@ -20,6 +21,7 @@ from mehdb.store.expiry import Due, Expiry
 from mehdb.store.reader import require_absent
 from mehdb.store.schema import PAGE_SIZE, Meta, read_meta
 from mehdb.store.seal import seal
+from mehdb.store.tally import Tally
 
 LIVE: Final = "SELECT key, revision FROM entry WHERE key IN carray(?)"
 # The sizes come from the rows' heads alone: a value is not read to be measured.
@@ -47,7 +49,10 @@ class Log:
     it has become half as much as what must stay: to look for it at each write would cost as much as the write.
     """
 
-    def __init__(self, connection: apsw.Connection, retain_changes: int, clock: Clock | None = None) -> None:
+    def __init__(
+        self, connection: apsw.Connection, retain_changes: int, clock: Clock | None = None, tally: Tally | None = None
+    ) -> None:
+        self.tally = tally or Tally()
         self._connection = connection
         self._clock = clock or Clock()
         self._expiry = Expiry(connection)
@@ -77,7 +82,11 @@ class Log:
             if meta == self.meta:
                 return
             self._save(meta)
-        self.meta = meta
+        self._move_to(meta, 0)
+
+    def backlog_changes(self, meta: Meta) -> int:
+        """Return how many changes compaction may remove at *meta*: superseded, behind the window. At least so many."""
+        return max(0, self._superseded(meta, self._window_start(meta)))
 
     def _window_start(self, meta: Meta) -> Revision:
         """Return the revision behind which superseded changes may go."""
@@ -87,9 +96,18 @@ class Log:
     def _is_worthwhile(self, meta: Meta) -> bool:
         """Return whether so much behind the window is superseded that a sweep pays. All that is live may be there."""
         start = self._window_start(meta)
-        superseded = meta.changes - (meta.head - start) - meta.keys
+        superseded = self._superseded(meta, start)
         squeezed = start > meta.head - self._retain_changes and start > meta.floor
         return superseded > (meta.keys // SQUEEZE_SHARE if squeezed else max(self._retain_changes, meta.keys) // 2)
+
+    def _superseded(self, meta: Meta, start: Revision) -> int:
+        """Return how many changes up to *start* are superseded, if all that is live is there: more if not."""
+        return meta.changes - (meta.head - start) - meta.keys
+
+    def _move_to(self, meta: Meta, added: int) -> None:
+        """Be at *meta*, which is durable: after *added* changes more, and without those that were compacted."""
+        self.tally.compacted_changes += self.meta.changes + added - meta.changes
+        self.meta = meta
 
     def _compacted(self, meta: Meta, steps: int) -> Meta:
         """Look at the next *steps* changes of a sweep, if one is due. Return *meta* with what has become of it."""
@@ -124,7 +142,7 @@ class Log:
             return outcomes
         with self._transaction():
             meta = self._append(changes, replace(self.meta, keys=self.meta.keys - before + len(live)), compact=compact)
-        self.meta = meta
+        self._move_to(meta, len(changes))
         self.committed += changes
         for change in changes:
             if change.expires_at is not None:
@@ -156,7 +174,7 @@ class Log:
             meta = self._append(page.changes, replace(adopted, keys=adopted.keys - gone + come), compact=True)
             if meta.chain != page.chain:
                 raise Diverged(f"the leader's chain at revision {meta.head} is another: the changes before it differ")
-        self.meta = meta
+        self._move_to(meta, len(page.changes))
         self.committed += page.changes
         self._expiry.restart()
 
@@ -228,7 +246,9 @@ class Log:
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
+            begun_s = perf_counter()
             self._connection.execute("COMMIT")
+            self.tally.sync_seconds.observe(perf_counter() - begun_s)
             self.commits += 1
         except BaseException:
             if self._connection.in_transaction:

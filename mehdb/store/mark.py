@@ -66,7 +66,7 @@ def read_mark(directory: Path) -> Position | None:
     if len(data) != _MARK.size + _CRC.size or crc != _CRC.pack(zlib.crc32(record)):
         if data:
             log.warning(
-                "acknowledged mark damaged file=%s: whether changes are missing cannot be told", directory / FILE_NAME
+                "acknowledged mark damaged, whether changes are missing cannot be told file=%s", directory / FILE_NAME
             )
         return None
     history, revision, chain = _MARK.unpack(record)

@@ -4,7 +4,6 @@ A deletion is a change too, and takes room before it makes any. So sets stop whi
 it lies a ballast: a file of nothing, given up when the volume is full to the last byte all the same.
 """
 
-import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -32,13 +31,24 @@ class Room:
         volume = os.statvfs(self._directory)
         return volume.f_bavail * volume.f_frsize
 
+    def volume_bytes(self) -> int:
+        """Return how much the volume holds, free or not; 0 if it has gone, or does not tell."""
+        try:
+            volume = os.statvfs(self._directory)
+        except OSError:
+            return 0
+        return volume.f_blocks * volume.f_frsize
+
+    def file_bytes(self, name: str) -> int:
+        """Return how much the file *name* takes; 0 where there is none, as another store may be on its way there."""
+        try:
+            return (self._directory / name).stat().st_size
+        except OSError:
+            return 0
+
     def store_bytes(self) -> int:
         """Return how much the store takes: the database, and what has been written since into its log."""
-        size_bytes = 0
-        for name in (FILE_NAME, WAL_NAME):
-            with contextlib.suppress(OSError):  # another store may be on its way there
-                size_bytes += (self._directory / name).stat().st_size
-        return size_bytes
+        return self.file_bytes(FILE_NAME) + self.file_bytes(WAL_NAME)
 
     def may_hold(self, size_bytes: int) -> bool:
         """Return whether so much more may fit: what is left to root counts, and not every volume tells."""

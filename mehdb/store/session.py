@@ -24,6 +24,7 @@ from mehdb.store.mark import AcknowledgedMark
 from mehdb.store.reader import LargeValue, Reader
 from mehdb.store.room import Room
 from mehdb.store.schema import FILE_NAME, WAL_NAME, Meta, is_damage, open_reader, open_writer, verify_opened
+from mehdb.store.tally import Tally
 from mehdb.store.writer import Writer
 
 T = TypeVar("T")
@@ -93,6 +94,7 @@ class Session:
         directory: Path,
         options: StoreOptions,
         room: Room,
+        tally: Tally,
         *,
         on_commit: Callable[[], None],
         on_damage: Callable[[DamagedRow], None],
@@ -111,7 +113,7 @@ class Session:
                 connection = open_writer(directory)
             mark = None
             try:
-                log = Log(connection, options.retain_changes, options.clock)
+                log = Log(connection, options.retain_changes, options.clock, tally)
                 mark = AcknowledgedMark.open(directory)
                 mark.move(log.meta.position)
                 room.take_ballast()

@@ -8,8 +8,10 @@ import contextlib
 import errno
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Final, Self, TypeVar, cast
 
 from mehdb.errors import (
@@ -23,15 +25,17 @@ from mehdb.errors import (
     StoreAway,
     StoreFailed,
 )
+from mehdb.figures import StoreFigures, Transfers
 from mehdb.model import GENESIS, ORIGIN, Change, Epoch, History, Page, Position, Revision
 from mehdb.store.check import CheckReport, check_directory
 from mehdb.store.decision import Batch, Outcome, Request, Write
 from mehdb.store.lock import DirectoryLock, take_directory
 from mehdb.store.mark import read_mark
+from mehdb.store.moments import Moments
 from mehdb.store.pages import is_at_head, page_after
 from mehdb.store.reader import Reader
 from mehdb.store.room import Room
-from mehdb.store.schema import Meta, new_history
+from mehdb.store.schema import FILE_NAME, WAL_NAME, Meta, new_history
 from mehdb.store.session import Session, StoreOptions
 from mehdb.store.snapshot import (
     INCOMING,
@@ -44,6 +48,7 @@ from mehdb.store.snapshot import (
     remove_leftovers,
     take_back_half_kept,
 )
+from mehdb.store.tally import Tally
 from mehdb.store.threads import in_thread, whole
 from mehdb.store.waiters import Waiters
 from mehdb.store.writer import Writer
@@ -78,6 +83,8 @@ class Store:
         self._meta = EMPTY  # while there is no session
         self._marked = Position()  # of a damaged store
         self._commits = 0  # of the sessions before
+        self._tally = Tally()
+        self._moments = Moments()
         self._waiters = Waiters()
 
     @classmethod
@@ -121,10 +128,11 @@ class Store:
 
     def _open_session(self, *, read_only: bool) -> None:
         if read_only:
+            log.warning("volume can only be read directory=%s", self.directory)
             self._session = Session.open_for_reading(self.directory)
         else:
             self._session = Session.open_for_writing(
-                self.directory, self._options, self._room,
+                self.directory, self._options, self._room, self._tally,
                 on_commit=self._wake, on_damage=self._note_damage, failure=self.failure,
             )  # fmt: skip
 
@@ -180,6 +188,7 @@ class Store:
                 raise kind(f"{incoming} cannot be put in the store's place: {error.strerror}") from error
             raise
         self._open_files()
+        self._tally.taken.completed += 1
         return kept
 
     # What is known without a read. All of it is durable.
@@ -243,6 +252,39 @@ class Store:
     def size_bytes(self) -> int:
         """Return how much the store's files take."""
         return self._room.store_bytes()
+
+    def came_at_s(self, revision: Revision) -> float | None:
+        """Return when *revision* came to be, by the monotonic clock: when this store was opened, if it came before.
+
+        It may be said to have come earlier than it did, by a hundredth of its age. None if it has not come yet.
+        """
+        return self._moments.came_at_s(revision)
+
+    @property
+    def sent(self) -> Transfers:
+        """The snapshots that others have got of it."""
+        return self._tally.sent
+
+    @property
+    def taken(self) -> Transfers:
+        """The snapshots of others that have been put in its place."""
+        return self._tally.taken
+
+    def figures(self) -> StoreFigures:
+        """Return what it has counted since the process started, and what room there is."""
+        tally = self._tally
+        return StoreFigures(
+            commit_seconds=tally.commit_seconds.distribution(),
+            commit_changes=tally.commit_changes.distribution(),
+            sync_seconds=tally.sync_seconds.distribution(),
+            compaction_backlog_changes=self._writer.backlog_changes() if self._writer else 0,
+            compacted_changes=tally.compacted_changes,
+            volume_size_bytes=self._room.volume_bytes(),
+            store_size_bytes=self._room.file_bytes(FILE_NAME),
+            wal_size_bytes=self._room.file_bytes(WAL_NAME),
+            sent=replace(tally.sent),
+            taken=replace(tally.taken),
+        )
 
     # Writes.
 
@@ -439,6 +481,7 @@ class Store:
             log.error('damaged reason="%s"', error)
 
     def _wake(self) -> None:
+        self._moments.note(self.head, monotonic())
         if self._session:
             self._session.unpin()  # though nobody may read for a long time: a snapshot that is held lets the WAL grow
         self._waiters.wake()

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Final, NamedTuple, TypeVar, cast
 
 import apsw
@@ -47,6 +47,7 @@ SQUEEZE_AFTER_S: Final = 60.0  # what was the head so long ago, a follower has t
 SQUEEZE_HARD_FACTOR: Final = 1.5
 SQUEEZE_HARD_AFTER_S: Final = 2.0  # the same, nearer to the reserve: a follower is back so soon after its leader is
 SQUEEZE_EVERY_S: Final = 1.0
+CALM_S: Final = 60.0  # without a refusal by the volume, before the next one is told
 
 Task = Callable[[Log], None]
 """Work that is not a client's write, such as applying a page: alone in its transaction."""
@@ -96,6 +97,7 @@ class Writer:
         self._failed: StoreFailed | None = None
         self._closing = False
         self._wal_pages = 0
+        self._refused_at_s = -CALM_S  # when the volume last refused something
         self._compaction_error: str | None = None  # why it stopped last, None since it has gone on
         self._heads = deque([(monotonic(), changes.meta.head)], round(SQUEEZE_AFTER_S / SQUEEZE_EVERY_S) + 1)
         connection.set_wal_hook(self._note_wal_pages)
@@ -160,7 +162,13 @@ class Writer:
             raise outcome
         return outcome
 
-    def _acknowledge(self, jobs: Sequence[_Job], outcomes: Sequence[Outcome | None], changes: Sequence[Change]) -> None:
+    def backlog_changes(self) -> int:
+        """Return how many changes compaction may remove."""
+        return self._log.backlog_changes(self.meta)
+
+    def _acknowledge(
+        self, jobs: Sequence[_Job], outcomes: Sequence[Outcome | None], changes: Sequence[Change], begun_s: float | None
+    ) -> None:
         size_bytes = 0
         for job, outcome in zip(jobs, outcomes, strict=True):
             size_bytes += job.size_bytes
@@ -169,6 +177,9 @@ class Writer:
         self.queue_bytes -= size_bytes
         if changes:
             self.feed.extend(changes, size_bytes)
+        if changes and begun_s is not None:
+            self._log.tally.commit_seconds.observe(perf_counter() - begun_s)
+            self._log.tally.commit_changes.observe(len(changes))
         if self._failed and not self._failure.done():
             self._failure.set_result(self._failed)
         self._on_commit()
@@ -187,8 +198,9 @@ class Writer:
         following: _Job | None = None
         while (job := following or self._next_job()).work is not None:
             batch, following = self._take_batch(job)
+            begun_s = perf_counter()
             with_checkpoint = self.checkpoint_due  # since the commit before, so that readers have let go
-            self._publish(batch, self._perform(batch))
+            self._publish(batch, self._perform(batch), begun_s)
             if with_checkpoint:  # after acknowledging, which need not wait
                 self._checkpoint()
         if isinstance(self._move_wal(apsw.SQLITE_CHECKPOINT_TRUNCATE), MehdbError):
@@ -206,6 +218,8 @@ class Writer:
                 if isinstance(error, MehdbError):
                     self._note_compaction_stopped(error)
                     break
+                if self._compaction_error is not None:
+                    log.info("compaction goes on")
                 self._compaction_error = None
                 if self._log.meta is not self.meta:
                     self._publish([], [])
@@ -342,9 +356,10 @@ class Writer:
             short = hard and self._is_short()
             if short != self.short_of_room:
                 self.short_of_room = short
-                log.warning(
-                    "volume %s free_bytes=%d", "short of room" if short else "has room", self._room.free_bytes()
-                )
+                if short:
+                    log.warning("volume short of room free_bytes=%d", self._room.free_bytes())
+                else:
+                    log.warning("volume has room free_bytes=%d", self._room.free_bytes())
             if not short:
                 self._room.take_ballast()
         except (OSError, apsw.Error):
@@ -369,13 +384,13 @@ class Writer:
             self._log.reusable_bytes() - self._log.owed_bytes(), factor
         )
 
-    def _publish(self, batch: list[_Job], outcomes: Sequence[Outcome | None]) -> None:
-        """Show what is durable, then acknowledge it."""
+    def _publish(self, batch: list[_Job], outcomes: Sequence[Outcome | None], begun_s: float | None = None) -> None:
+        """Show what is durable, then acknowledge it. *begun_s* is when *batch* was begun."""
         if self._log.meta is not self.meta:
             self._mark.move(self._log.meta.position)
             self.meta = self._log.meta
         changes, self._log.committed = self._log.committed, []
-        self._loop.call_soon_threadsafe(self._acknowledge, batch, outcomes, changes)
+        self._loop.call_soon_threadsafe(self._acknowledge, batch, outcomes, changes, begun_s)
 
     def _checkpoint(self) -> None:
         if not isinstance(self._move_wal(apsw.SQLITE_CHECKPOINT_PASSIVE), DiskFull):
@@ -386,6 +401,14 @@ class Writer:
     def _note_wal_pages(self, _connection: apsw.Connection, _database: str, pages: int) -> int:
         self._wal_pages = pages
         return apsw.SQLITE_OK
+
+    def _refused(self, error: MehdbError) -> MehdbError:
+        """Log that the volume refuses what was tried, with *error*: once, and again only after a time without."""
+        now_s = monotonic()
+        if now_s - self._refused_at_s >= CALM_S:
+            log.warning('volume refuses writes code=%s reason="%s"', error.code, error)
+        self._refused_at_s = now_s
+        return error
 
     def _guarded(self, work: Callable[[], T]) -> T | MehdbError:
         """Return what *work* returns, or the error that it ended in. Any that may have reached the disk is final."""
@@ -398,9 +421,11 @@ class Writer:
         except (apsw.BusyError, apsw.LockedError):  # an operator's sqlite3 holds the database: nothing was tried yet
             return NotNow("another process uses the database, nothing was written: try again in a moment")
         except apsw.FullError:
-            return DiskFull("the volume is full, nothing was written: delete keys, make room or enlarge it")
+            return self._refused(
+                DiskFull("the volume is full, nothing was written: delete keys, make room or enlarge it")
+            )
         except apsw.ReadOnlyError:
-            return ReadOnly("the volume can only be read, nothing was written: see to the disk")
+            return self._refused(ReadOnly("the volume can only be read, nothing was written: see to the disk"))
         except Exception as error:  # noqa: BLE001  whatever it was, this process can no longer vouch for its writes
             if is_damage(error):  # while reading, and all was rolled back
                 return DamagedRow(f"a page that this write needs is damaged, nothing was written ({error})")

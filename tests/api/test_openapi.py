@@ -10,8 +10,10 @@ from itertools import repeat
 from math import ceil
 from multiprocessing import get_context
 from operator import getitem
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from jsonschema import Draft202012Validator
 from schemathesis import APIOperation
@@ -30,6 +32,7 @@ from described import (
     operations_of,
     resolved,
 )
+from guards import Tokens
 from mehdb import __version__, errors
 from mehdb.errors import MehdbError
 from wire import ask
@@ -215,6 +218,26 @@ def test_what_is_missing_in_the_description_is_noticed(
     del reduce(getitem, way, lacking)[last]
     with pytest.raises((AssertionError, FailureGroup)):
         ask_as_described(pair, LEADER, label, request_, operations_of(as_tested(lacking)))
+
+
+def test_who_is_not_let_in_is_told_as_described(cluster: Cluster, tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path / "tokens")
+    tokens.give("app", "read", "app/")
+    tokens.give("node", "admin")
+    cluster.client = httpx.Client(headers=tokens.headers("node"), trust_env=False)
+    cluster.start(1, MEHDB_TOKENS_FILE=str(tokens.path))
+    known = {"headers": tokens.headers("app")}
+    for label, request, status, code in (
+        ("GET /keys", {}, 401, "unauthorized"),
+        ("GET /status", {"headers": {"Accept": "application/json"}}, 401, "unauthorized"),
+        ("GET /metrics", {}, 401, "unauthorized"),
+        ("PUT /set/{key}", {"body": b"v"}, 401, "unauthorized"),
+        ("PUT /set/{key}", {"body": b"v"} | known, 403, "forbidden"),
+        ("GET /get/{key}", known, 403, "forbidden"),
+        ("GET /keys", known, 403, "forbidden"),
+        ("GET /snapshot", known, 403, "forbidden"),
+    ):
+        assert ask_as_described(cluster, LEADER, label, request) == (status, code), (label, request)
 
 
 def test_a_follower_that_holds_nothing_answers_as_described(cluster: Cluster) -> None:

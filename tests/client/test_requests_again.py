@@ -8,6 +8,7 @@ from client_command import mehdb
 from cluster import ADDRESS, free_port
 from mehdb.client.http import Client, Request
 from mehdb.client.writes import Conditions, Written, delete_key, set_key
+from mehdb.credentials import Credentials
 from mehdb.errors import OutcomeUnknown, PeerAnswerInvalid, PeerRefused, PeerUnreachable
 from scripted import CLOSE, answer, refusal, scripted
 
@@ -112,11 +113,12 @@ def test_a_token_goes_along_with_a_nodes_redirect(tmp_path: Path) -> None:
             assert request.endswith(b"\r\n\r\nv")
 
 
-def test_nobody_but_a_node_may_send_a_token_on() -> None:
+def test_nobody_but_a_node_may_send_a_token_on(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("s3cret")
     with (
         scripted(DONE) as thief,
         scripted(answer(307, node=None, Location=f"{thief.url}/set/k")) as stranger,
-        Client((stranger.url,), "s3cret") as client,
+        Client((stranger.url,), Credentials(tmp_path / "token")) as client,
     ):
         with pytest.raises(PeerAnswerInvalid, match="is no mehdb node"):
             client.ask(READ)

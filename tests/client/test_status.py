@@ -6,6 +6,7 @@ import re
 from client_command import Done, mehdb
 from cluster import ADDRESS, Cluster, Node, eventually, free_port
 from mehdb.client.overview import overview
+from mehdb.credentials import ANONYMOUS
 from scripted import answer, scripted
 
 
@@ -56,7 +57,7 @@ def test_a_node_that_does_not_answer_is_unhealthy(pair: Cluster) -> None:
 def test_a_cluster_without_its_leader_is_unhealthy(cluster: Cluster) -> None:
     leader, follower = cluster.start(2).nodes
     leader.stop()
-    found = overview((follower.url,), None, 0.5)
+    found = overview((follower.url,), ANONYMOUS, 0.5)
     assert not found.healthy
     rows = {row.name: row for row in found.nodes}
     assert rows["mehdb-1"].ready
@@ -74,11 +75,11 @@ def test_a_node_that_is_not_ready_is_unhealthy_and_says_why(cluster: Cluster, le
 
 def test_two_leaders_are_unhealthy_and_two_urls_of_one_are_not(cluster: Cluster, pair: Cluster) -> None:
     leader, other = pair.leader, cluster.start(1).leader
-    assert not overview((leader.url, other.url), None, 3).healthy
-    found = overview((other.url, other.url.replace(ADDRESS, "localhost")), None, 3)
+    assert not overview((leader.url, other.url), ANONYMOUS, 3).healthy
+    found = overview((other.url, other.url.replace(ADDRESS, "localhost")), ANONYMOUS, 3)
     assert found.healthy
     assert len(found.nodes) == 1
-    found = overview((other.url, pair.followers[0].url), None, 3)
+    found = overview((other.url, pair.followers[0].url), ANONYMOUS, 3)
     assert not found.healthy
     assert {row.url for row in found.nodes if row.role == "leader"} == {other.url, leader.url}, (
         "the one that it follows"
@@ -87,13 +88,13 @@ def test_two_leaders_are_unhealthy_and_two_urls_of_one_are_not(cluster: Cluster,
 
 def test_an_answer_that_is_no_status_is_told(leader: Node) -> None:
     with scripted(answer(200, b"{}")) as server:
-        found = overview((leader.url, server.url), None, 3)
+        found = overview((leader.url, server.url), ANONYMOUS, 3)
     assert not found.healthy
     assert any("not a node's status" in (row.problem or "") for row in found.nodes)
 
 
 def test_the_size_is_that_of_the_stores_files(leader: Node) -> None:
     before = leader.status().size_bytes
-    assert before == overview((leader.url,), None, 3).nodes[0].size_bytes
+    assert before == overview((leader.url,), ANONYMOUS, 3).nodes[0].size_bytes
     leader.put("large", b"v" * (1 << 20))
     eventually(lambda: leader.status().size_bytes > before + (1 << 19), "the store to have grown")

@@ -193,7 +193,7 @@ def test_the_table_of_commands_has_all_that_work_on_a_data_directory() -> None:
 def test_every_warning_and_error_of_the_log_is_explained() -> None:
     """The code's messages, up to the first thing that is filled in."""
     code = "".join(path.read_text() for path in sorted((ROOT / "mehdb").rglob("*.py")))
-    calls = re.findall(r"log\.(?:warning|error|exception|log)\(\s*(?:level, )?['\"]([^'\"%]*)", code)
+    calls = re.findall(r"log\.(?:warning|error|exception|critical|log)\(\s*(?:level, )?['\"]([^'\"%]*)", code)
     said = {re.sub(r"[ ,:]*(\w+=.*)?$", "", text) for text in calls}
     assert len(said) > 10
     table = PAGE.partition("## Warnings and errors in the log")[2]

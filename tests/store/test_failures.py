@@ -8,7 +8,7 @@ import apsw
 import pytest
 
 from disk import DATABASE, WAL, Disk
-from mehdb.errors import Damaged, DiskFull, StoreFailed
+from mehdb.errors import Damaged, DiskFull, ReadOnly, StoreFailed
 from mehdb.model import Epoch, History, Position
 from mehdb.store import Store, Write
 from mehdb.store.log import Log
@@ -76,6 +76,19 @@ async def test_a_failed_checkpoint_is_a_failure_though_nobody_writes(disk: Disk,
     assert not leader.failure.done()
     await put(leader, b"small", b"")  # the commit that checkpoints: acknowledged before, and nobody writes after it
     assert isinstance(await asyncio.wait_for(leader.failure, 10), StoreFailed)
+
+
+@pytest.mark.parametrize("error", [apsw.FullError("injected"), apsw.ReadOnlyError("injected")])
+async def test_that_the_volume_refuses_writes_is_told_once_and_not_for_each(
+    disk: Disk, leader: Store, caplog: pytest.LogCaptureFixture, error: apsw.Error
+) -> None:
+    for _ in range(3):
+        disk.fail_next("write", WAL, error)
+        with pytest.raises((DiskFull, ReadOnly)):
+            await put(leader, b"k", b"v")
+        await put(leader, b"other", b"v")  # as small as it is, it may fit
+    [told] = caplog.messages
+    assert told.startswith("volume refuses writes code=")
 
 
 async def test_the_wal_is_checkpointed_before_it_grows_long(leader: Store, directory: Path) -> None:

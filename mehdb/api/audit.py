@@ -1,0 +1,98 @@
+"""The audit log: what was denied to whom, and what operators did. A line each, by the logger `mehdb.audit`.
+
+It holds no token and no value. Whoever is denied all the time cannot flood it: beyond some lines a second, it counts.
+"""
+
+import logging
+import socket
+import struct
+from time import monotonic
+from typing import Final
+
+from aiohttp import web
+
+from mehdb.errors import MehdbError
+from mehdb.metrics import HANDSHAKE, Metrics
+from mehdb.tokens import Grant
+
+log = logging.getLogger("mehdb.audit")
+
+LINES_AT_ONCE: Final = 100  # a burst is told whole
+LINES_PER_S: Final = 10.0
+PEER: Final = struct.Struct("3i")  # struct ucred: process, user, group (unix(7))
+NOBODY: Final = "-"
+TEXT_MAX: Final = 256  # characters of what a client sent
+
+
+class Audit:
+    """Writes down what was denied, and what was administrative."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._lines = float(LINES_AT_ONCE)
+        self._at_s = monotonic()
+        self._suppressed = 0
+
+    def denied(self, request: web.BaseRequest, route: str, error: MehdbError, grant: Grant | None) -> None:
+        """Take down that *request* was answered with *error*; *grant* is that of its token, if it is known."""
+        self._metrics.count_denied(error.code)
+        if not self._may_tell():
+            self._suppressed += 1
+            return
+        log.warning(
+            'denied token=%s from=%s certificate="%s" via=%s method=%s route=%s target="%s" '
+            'code=%s needs=%s suppressed=%d',
+            *_who(request, route, grant), error.code, error.details.get("needs"), self._suppressed,
+        )  # fmt: skip
+        self._suppressed = 0
+
+    def refused(self, address: str, reason: str) -> None:
+        """Take down that no connection was made with who is at *address*: it shows no certificate, or talks no TLS."""
+        self._metrics.count_denied(HANDSHAKE)
+        if not self._may_tell():
+            self._suppressed += 1
+            return
+        log.warning('refused from=%s reason="%s" suppressed=%d', address, reason, self._suppressed)
+        self._suppressed = 0
+
+    def administrative(self, request: web.BaseRequest, route: str, grant: Grant | None) -> None:
+        """Take down that *request* is let in, which is for operators."""
+        log.info(
+            'administrative token=%s from=%s certificate="%s" via=%s method=%s route=%s target="%s"',
+            *_who(request, route, grant),
+        )
+
+    def _may_tell(self) -> bool:
+        """Return whether there is a line left: they come back with time."""
+        now = monotonic()
+        self._lines = min(LINES_AT_ONCE, self._lines + (now - self._at_s) * LINES_PER_S)
+        self._at_s = now
+        if self._lines < 1:
+            return False
+        self._lines -= 1
+        return True
+
+
+def local(request: web.BaseRequest) -> None:
+    """Take down a request of a process on this machine, that came by the socket in the data directory."""
+    connection = request.get_extra_info("socket")
+    pid, uid, _ = PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
+    log.info("administrative from=socket pid=%d uid=%d method=%s route=%s", pid, uid, request.method, request.path)
+
+
+def _who(request: web.BaseRequest, route: str, grant: Grant | None) -> tuple[str, ...]:
+    """Return who asked for what, in the order of the lines above."""
+    return (
+        grant.name if grant else NOBODY,
+        request.remote or NOBODY,
+        _common_name(request.get_extra_info("peercert")),
+        request.headers.get("Mehdb-Forwarded", NOBODY)[:TEXT_MAX],
+        request.method,
+        route,
+        request.raw_path[:TEXT_MAX],
+    )
+
+
+def _common_name(certificate: dict[str, tuple[tuple[tuple[str, str], ...], ...]] | None) -> str:
+    names = [value for part in (certificate or {}).get("subject", ()) for name, value in part if name == "commonName"]
+    return names[0] if names else NOBODY

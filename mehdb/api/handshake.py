@@ -1,0 +1,162 @@
+"""Connections that are to be encrypted: they are counted, and may be closed for others, before they have shaken hands.
+
+asyncio's own TLS server makes its protocol only afterwards, so that whoever never finishes would hold a connection that
+nobody sees. The certificate is looked up at each connection: one that was read anew is shown from the next one on.
+"""
+
+import asyncio
+import logging
+import socket
+import ssl
+from asyncio import AbstractEventLoop
+from collections.abc import Callable
+from typing import Final, NamedTuple, Protocol
+
+from aiohttp import web
+
+from mehdb.credentials import Credentials
+
+log = logging.getLogger("mehdb.api")
+
+SHUTDOWN_S: Final = 1.0  # many clients never answer to the end of a connection
+ACCEPT_AGAIN_S: Final = 1.0  # after the file descriptors ran out
+
+
+class Patience(NamedTuple):
+    """How long a connection has waited for its client. Of two, the lower is closed first."""
+
+    in_request: bool
+    """Whether a request is under way: its body is waited for, or that its answer is read."""
+    since: float
+    """By the loop's clock."""
+
+
+class Connection(Protocol):
+    """What a server counts, and closes where there are too many."""
+
+    @property
+    def patience(self) -> Patience | None:
+        """How long the client has been waited for; None if it waits for us."""
+        ...
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        ...
+
+
+class TlsServer(Protocol):
+    """What a server is to those who make its connections."""
+
+    @property
+    def head_timeout_s(self) -> float:
+        """How long a handshake may take."""
+        ...
+
+    def __call__(self) -> asyncio.Protocol:
+        """Return the protocol of a new connection."""
+        ...
+
+    def opened(self, connection: Connection) -> None:
+        """Count *connection*."""
+        ...
+
+    def closed(self, connection: Connection) -> None:
+        """Count it no longer."""
+        ...
+
+
+class TlsSite(web.BaseSite):
+    """Has the *server* of *runner* answer on *listener*, behind TLS.
+
+    *on_refused* is told whose handshake failed, by address, and why.
+    """
+
+    def __init__(
+        self,
+        runner: web.ServerRunner,
+        server: TlsServer,
+        listener: socket.socket,
+        credentials: Credentials,
+        on_refused: Callable[[str, str], None],
+    ) -> None:
+        super().__init__(runner)
+        self._tls_server = server
+        self._listener = listener
+        self._credentials = credentials
+        self._on_refused = on_refused
+        self._accepting: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """Where it answers."""
+        return f"https://{self._listener.getsockname()}"
+
+    async def start(self) -> None:
+        """Begin to accept connections."""
+        await super().start()
+        self._listener.setblocking(False)
+        self._accepting = asyncio.create_task(self._accept(), name="accept")
+
+    async def stop(self) -> None:
+        """Accept no more."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.wait([self._accepting])
+        self._listener.close()
+        await super().stop()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, address = await loop.sock_accept(self._listener)
+            except OSError as error:
+                log.warning('no connection accepted reason="%s"', error.strerror)
+                await asyncio.sleep(ACCEPT_AGAIN_S)
+                continue
+            context = self._credentials.server
+            assert context, "without a certificate there is no such site"  # noqa: S101  our own invariant
+            Handshake(loop, self._tls_server, accepted, str(address[0]), context, self._on_refused)
+
+
+class Handshake:
+    """A connection until it is encrypted, and its server's own protocol has it."""
+
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        server: TlsServer,
+        accepted: socket.socket,
+        address: str,
+        context: ssl.SSLContext,
+        on_refused: Callable[[str, str], None],
+    ) -> None:
+        self.patience = Patience(in_request=False, since=loop.time())
+        self._server = server
+        self._accepted = accepted
+        self._address = address
+        self._on_refused = on_refused
+        self._shaking = loop.create_task(self._shake(loop, context), name="handshake")
+        server.opened(self)
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        self._shaking.cancel()
+
+    async def _shake(self, loop: AbstractEventLoop, context: ssl.SSLContext) -> None:
+        timeout_s = self._server.head_timeout_s
+        shaken = False
+        try:
+            await loop.connect_accepted_socket(
+                self._server, self._accepted, ssl=context, ssl_handshake_timeout=timeout_s,
+                ssl_shutdown_timeout=SHUTDOWN_S,
+            )  # fmt: skip
+            shaken = True
+        except ssl.SSLError as error:
+            self._on_refused(self._address, error.reason or str(error))
+        except (OSError, TimeoutError):  # who goes away, or is too slow, is no news
+            pass
+        finally:
+            self._server.closed(self)
+            if not shaken:
+                self._accepted.close()
