@@ -100,9 +100,7 @@ class Life:
 
     def _tell_who_is_let_in(self) -> None:
         if self._settings.anonymous:
-            log.warning(
-                "open to everybody listen=%s: whoever reaches it may read and write everything", self._settings.listen
-            )
+            log.warning("open to everybody who reaches it listen=%s", self._settings.listen)
 
     def _be_told_to_stop(self) -> None:
         (self._hurry if self._stop.is_set() else self._stop).set()

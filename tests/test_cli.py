@@ -302,7 +302,7 @@ def test_a_log_level_silences_what_is_below_it(cluster: Cluster) -> None:
     node = cluster.add(MEHDB_LOG_LEVEL="warning").start()
     node.stop()
     [line] = node.log.splitlines()
-    assert "level=WARNING logger=mehdb.life open to everybody: " in line
+    assert "level=WARNING logger=mehdb.life open to everybody who reaches it listen=127.0.0.1" in line
 
 
 def test_a_single_leader_starts_with_no_setting_at_all(tmp_path: Path) -> None:

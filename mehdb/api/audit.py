@@ -7,7 +7,7 @@ import logging
 import socket
 import struct
 from time import monotonic
-from typing import Final
+from typing import Final, NamedTuple
 
 from aiohttp import web
 
@@ -39,10 +39,12 @@ class Audit:
         if not self._may_tell():
             self._suppressed += 1
             return
+        who = _who(request, grant)
         log.warning(
-            'denied token=%s from=%s certificate="%s" via=%s method=%s route=%s target="%s" '
-            'code=%s needs=%s suppressed=%d',
-            *_who(request, route, grant), error.code, error.details.get("needs"), self._suppressed,
+            'denied token=%s from=%s certificate="%s" via=%s method=%s route=%s target="%s" code=%s needs=%s '
+            "suppressed=%d",
+            who.token, who.address, who.certificate, who.via, request.method, route, request.raw_path[:TEXT_MAX],
+            error.code, error.details.get("needs"), self._suppressed,
         )  # fmt: skip
         self._suppressed = 0
 
@@ -57,10 +59,11 @@ class Audit:
 
     def administrative(self, request: web.BaseRequest, route: str, grant: Grant | None) -> None:
         """Take down that *request* is let in, which is for operators."""
+        who = _who(request, grant)
         log.info(
             'administrative token=%s from=%s certificate="%s" via=%s method=%s route=%s target="%s"',
-            *_who(request, route, grant),
-        )
+            who.token, who.address, who.certificate, who.via, request.method, route, request.raw_path[:TEXT_MAX],
+        )  # fmt: skip
 
     def _may_tell(self) -> bool:
         """Return whether there is a line left: they come back with time."""
@@ -77,19 +80,26 @@ def local(request: web.BaseRequest) -> None:
     """Take down a request of a process on this machine, that came by the socket in the data directory."""
     connection = request.get_extra_info("socket")
     pid, uid, _ = PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
-    log.info("administrative from=socket pid=%d uid=%d method=%s route=%s", pid, uid, request.method, request.path)
+    log.info(
+        "administrative from=%s pid=%d uid=%d method=%s route=%s", "socket", pid, uid, request.method, request.path
+    )
 
 
-def _who(request: web.BaseRequest, route: str, grant: Grant | None) -> tuple[str, ...]:
-    """Return who asked for what, in the order of the lines above."""
-    return (
+class _Who(NamedTuple):
+    """Who asks, as far as it is known."""
+
+    token: str
+    address: str
+    certificate: str
+    via: str
+
+
+def _who(request: web.BaseRequest, grant: Grant | None) -> _Who:
+    return _Who(
         grant.name if grant else NOBODY,
         request.remote or NOBODY,
         _common_name(request.get_extra_info("peercert")),
         request.headers.get("Mehdb-Forwarded", NOBODY)[:TEXT_MAX],
-        request.method,
-        route,
-        request.raw_path[:TEXT_MAX],
     )
 
 

@@ -72,8 +72,8 @@ def test_a_quiet_watch_is_told_how_far_it_is(node: Node, connection: Connection)
         begun = watcher.event()["revision"]
         last = put(connection, "watch/other")
         beat = watcher.event()
-        assert beat == {"op": "heartbeat", "revision": last}
-        assert last > begun
+        assert beat["op"] == "heartbeat"
+        assert beat["revision"] >= last > begun, "a key of another test may have expired meanwhile"
 
 
 def test_events_of_a_browser_have_ids_to_go_on_from(node: Node, connection: Connection) -> None:

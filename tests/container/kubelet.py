@@ -187,8 +187,8 @@ class Kubelet:
     def lose(self, pod: Pod, *, volume: bool) -> None:
         """Lose the machine of a pod: it is not heard from again. With it goes its *volume*, if so told."""
         pod.lost = True
-        pod.deleted.set()
         pod.place.cut_off()
+        pod.deleted.set()
         if pod.container:
             pod.container.signal(signal.SIGKILL)
         assert pod.gone.wait(END_DEADLINE_S), f"{pod.name} does not end"
@@ -210,6 +210,8 @@ class Kubelet:
         """Run a pod's container once, with its probes."""
         pod.runs += 1
         container = pod.container = self._start_container(pod)
+        if pod.deleted.is_set():  # while it was being made: nobody else has seen this container
+            container.signal(signal.SIGKILL)
         watchers = [
             threading.Thread(target=self._probe, args=(pod, container, kind), name=f"{kind} of {pod.name}")
             for kind in self._probes

@@ -16,6 +16,7 @@ from kubelet import DOMAIN, Kubelet, Pod
 
 LATE_S: Final = 5.0  # until the endpoints forget a pod whose machine is lost; Kubernetes takes 40 s
 READY_DEADLINE_S: Final = 120.0
+RUNS_MAX: Final = 3  # of a pod's container, before it is ready: one that ends each time does so for a reason
 
 
 @dataclass
@@ -129,5 +130,6 @@ class StatefulSet:
     def _until(look: Any, pod: Pod) -> None:
         end_s = monotonic() + READY_DEADLINE_S
         while not look():
-            assert monotonic() < end_s, f"{pod.name} is not ready: {pod.events}; its log:\n{pod.log}"
+            hopeless = pod.runs > RUNS_MAX or monotonic() > end_s
+            assert not hopeless, f"{pod.name} is not ready: {pod.events}; its log:\n{pod.log}"
             sleep(0.05)  # between two looks

@@ -225,7 +225,7 @@ def test_a_volume_that_can_only_be_read_serves_reads(tmp_path: Path, ended: str)
             assert (answer.status_code, answer.json()["error"]) == (503, "read_only")
         stage.until(stage.leader, "recovering", "leading: read_only")
         for node in reversed(stage.cluster.nodes):
-            assert node.log.count("volume can only be read") == 1
+            assert node.log.count("volume can only be read directory=") == 1
             node.stop()
             remount(node.volume, "rw")
         for node in stage.cluster.nodes:
