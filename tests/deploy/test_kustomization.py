@@ -19,7 +19,7 @@ import yaml
 from cluster import Cluster, Node, clean_environment, eventually, free_port
 from custom_resources import CUSTOM_RESOURCES
 from guards import Authority, Tokens
-from kustomize import COMPONENTS, DEPLOY, EXAMPLES, RENDERERS, VARIANTS, build, rendered_by, with_components
+from kustomize import COMPONENTS, DEPLOY, EXAMPLES, RENDERERS, VARIANTS, build, parsed, rendered_by, with_components
 from mehdb import __version__, roles
 from mehdb.model import Role
 from mehdb.settings import SETTINGS
@@ -67,13 +67,13 @@ def test_the_base_and_the_components_name_no_namespace(variant: Variant) -> None
 @pytest.mark.parametrize("variant_name", VARIANTS)
 def test_every_tool_that_is_here_renders_the_same(variant_name: str) -> None:
     build(DEPLOY)  # or skip
-    first, *others = [list(yaml.safe_load_all(rendered_by(renderer, variant_name))) for renderer in RENDERERS]
+    first, *others = [parsed(rendered_by(renderer, variant_name)) for renderer in RENDERERS]
     assert all(other == first for other in others)
 
 
 def test_the_folder_itself_is_the_base() -> None:
     """What `kubectl apply -k deploy` applies."""
-    assert list(yaml.safe_load_all(build(DEPLOY))) == BASE.documents
+    assert parsed(build(DEPLOY)) == BASE.documents
 
 
 # The files, also where nothing is here to render them
