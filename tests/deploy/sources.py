@@ -3,32 +3,37 @@
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import yaml
+from kubernetes_validate.utils import all_versions
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from mehdb.settings import Settings, load
 
 ROOT = Path(__file__).resolve().parents[2]
+OLDEST_KUBERNETES: Final = Version("1.27")  # the first whose StatefulSets have `.spec.ordinals` without a feature gate
+KUBERNETES: Final = [str(one) for one in sorted(set(map(Version, all_versions()))) if one >= OLDEST_KUBERNETES]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def documents() -> list[dict[str, Any]]:
-    """Return every document of every manifest."""
-    files = sorted((ROOT / "deploy").rglob("*.yaml"))
-    return [document for file in files for document in yaml.safe_load_all(file.read_text()) if document]
+APP = [one for one in yaml.safe_load_all((ROOT / "deploy/app.yaml").read_text()) if one]
 
 
-def document(kind: str) -> dict[str, Any]:
-    """Return the only document of *kind* in deploy/app.yaml."""
-    (one,) = [one for one in yaml.safe_load_all((ROOT / "deploy/app.yaml").read_text()) if one["kind"] == kind]
+def find(documents: list[dict[str, Any]], kind: str, name: str = "mehdb") -> dict[str, Any]:
+    """Return the only document of *kind* that is called *name*."""
+    (one,) = [one for one in documents if (one["kind"], one["metadata"]["name"]) == (kind, name)]
     return one
 
 
-STATEFUL_SET = document("StatefulSet")
-SERVICE = document("Service")
+STATEFUL_SET = find(APP, "StatefulSet")
+SERVICE = find(APP, "Service")
+PEERS_SERVICE = find(APP, "Service", "mehdb-peers")
 POD = STATEFUL_SET["spec"]["template"]["spec"]
 (CONTAINER,) = POD["containers"]
 ENVIRONMENT = {variable["name"]: variable["value"] for variable in CONTAINER["env"]}
@@ -41,6 +46,14 @@ def quantity(text: str) -> float:
     match = re.fullmatch(r"([0-9]+)([A-Za-z]*)", text)
     assert match, text
     return int(match[1]) * units[match[2]]
+
+
+def settings_in_pod(ordinal: int, environment: Mapping[str, str]) -> Settings:
+    """Return what a node reads in the StatefulSet's pod *ordinal*, whose container has *environment*."""
+    host = f"{STATEFUL_SET['metadata']['name']}-{ordinal}"
+    fqdn = f"{host}.{STATEFUL_SET['spec']['serviceName']}.shop.svc.cluster.local"
+    by_the_kubelet = {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+    return load({}, by_the_kubelet | environment, find_host_name=lambda: host, find_fqdn=lambda _: fqdn)
 
 
 class Instruction(NamedTuple):

@@ -1,7 +1,9 @@
-"""deploy/app.yaml, held against the schemas of Kubernetes, the blog's transcript and the code."""
+"""deploy/app.yaml, held against the schemas of Kubernetes, the blog's transcript and the code.
+
+What is made of it for production is in test_kustomization.py.
+"""
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +11,24 @@ import httpx
 import kubernetes_validate
 import pytest
 import typer
-from kubernetes_validate.utils import all_versions
-from packaging.version import Version
 
 from cluster import Cluster, Node
 from mehdb import __version__, cli, roles
 from mehdb.model import Role
-from mehdb.settings import SETTINGS, Settings, load
+from mehdb.settings import SETTINGS, load
 from sources import (
+    APP,
     CONTAINER,
     ENVIRONMENT,
+    KUBERNETES,
+    PEERS_SERVICE,
     POD,
     PROBES,
     SERVICE,
     STATEFUL_SET,
-    documents,
     quantity,
+    settings_in_pod,
 )
-
-OLDEST_KUBERNETES = Version("1.27")  # the first whose StatefulSets have `.spec.ordinals` without a feature gate
-KUBERNETES = [str(version) for version in sorted(set(map(Version, all_versions()))) if version >= OLDEST_KUBERNETES]
 
 NODE_MEMORY_BYTES = 300 << 20  # what a node with a million keys may take under load, kept by `make bench`
 CLOSE_MARGIN_S = 15  # to start preStop's command in a busy pod, and for the last checkpoint
@@ -47,8 +47,8 @@ def names(objects: list[dict[str, Any]]) -> list[str]:
 
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_every_document_is_valid_for_each_kubernetes_that_we_support(version: str) -> None:
-    assert [one["kind"] for one in documents()] == ["StatefulSet", "Service"]
-    for document in documents():
+    assert [one["kind"] for one in APP] == ["StatefulSet", "Service", "Service"]
+    for document in APP:
         kubernetes_validate.validate(document, version, strict=True)
 
 
@@ -84,6 +84,12 @@ def test_the_service_lists_ready_pods_only_since_clients_use_it() -> None:
     assert SERVICE["spec"]["publishNotReadyAddresses"] is False
 
 
+def test_the_service_for_peers_lists_all_pods_and_differs_in_nothing_else() -> None:
+    node = settings_in_pod(1, ENVIRONMENT)
+    assert roles.peers_service(node) == f"{PEERS_SERVICE['metadata']['name']}.shop.svc.cluster.local"
+    assert PEERS_SERVICE["spec"] == SERVICE["spec"] | {"publishNotReadyAddresses": True}
+
+
 def test_the_service_gives_the_pods_their_names() -> None:
     assert STATEFUL_SET["spec"]["serviceName"] == SERVICE["metadata"]["name"]
 
@@ -97,8 +103,9 @@ def test_pods_start_one_after_the_other() -> None:
 
 def test_every_port_is_the_one_that_a_node_listens_on_by_default() -> None:
     ports = [port["containerPort"] for port in CONTAINER["ports"]]
-    ports += [port.get("targetPort", port["port"]) for port in SERVICE["spec"]["ports"]]
-    ports += [port["port"] for port in SERVICE["spec"]["ports"]]
+    for service in (SERVICE, PEERS_SERVICE):
+        ports += [port.get("targetPort", port["port"]) for port in service["spec"]["ports"]]
+        ports += [port["port"] for port in service["spec"]["ports"]]
     ports += [probe["httpGet"]["port"] for probe in PROBES.values()]
     assert set(ports) == {DEFAULTS.port}
 
@@ -117,15 +124,8 @@ def test_the_image_is_of_this_version() -> None:
     assert CONTAINER["image"] == f"mehdb:{__version__}"
 
 
-def settings_in_pod(ordinal: int, environment: Mapping[str, str]) -> Settings:
-    """Return what a node reads in the StatefulSet's pod *ordinal*, whose container has *environment*."""
-    host = f"{STATEFUL_SET['metadata']['name']}-{ordinal}"
-    fqdn = f"{host}.{STATEFUL_SET['spec']['serviceName']}.shop.svc.cluster.local"
-    by_the_kubelet = {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
-    return load({}, by_the_kubelet | environment, find_host_name=lambda: host, find_fqdn=lambda _: fqdn)
-
-
-GO_ENVIRONMENT = {"MEHDB_DATADIR": "/mehdbdata"}  # all that the Go mehdb's manifest set
+# All that the Go mehdb's manifest set, and what the README says to add.
+GO_ENVIRONMENT = {"MEHDB_DATADIR": "/mehdbdata", "MEHDB_OPEN": "yes"}
 SERVICE_LINK = {"MEHDB_PORT": "tcp://10.96.0.7:9876"}  # by a Service called mehdb that has a cluster IP
 
 
