@@ -29,7 +29,7 @@ def pod(directory: Path, name: str, address: str, port: int) -> Pod:
         "KUBERNETES_SERVICE_HOST": "10.0.0.1", "MEHDB_HOST": name, "MEHDB_PORT": str(port), "MEHDB_LISTEN": address,
         "MEHDB_PEERS": f"http://{LEADER}:{port}", "MEHDB_DATADIR": str(directory / name), "MEHDB_LAME_DUCK": "0",
     }  # fmt: skip
-    return Pod(name, port, directory / name, environment, None, address)
+    return Pod(name, port, directory / name, environment, address=address)
 
 
 def test_a_leader_that_lost_its_volume_finds_a_follower_that_has_no_name_yet(cluster: Cluster, tmp_path: Path) -> None:
