@@ -68,7 +68,7 @@ class Pod(Node):
 
     @property
     def url(self) -> str:
-        return f"http://{self.address}:{self.port}"
+        return f"{self.scheme}://{self.address}:{self.port}"
 
     @property
     def dns_name(self) -> str:
@@ -102,7 +102,10 @@ class Pods:
             "MEHDB_DATADIR": str(self.directory / name), "MEHDB_LAME_DUCK": "0",
         }  # fmt: skip
         run_by = ("unshare", "--mount", "sh", "-c", OWN_NAMES, "sh", str(resolv), str(hosts))
-        pod = Pod(name, PORT, self.directory / name, usual | environment, run_by=run_by, address=address)
+        pod = Pod(
+            name, PORT, self.directory / name, usual | environment, run_by=run_by, address=address,
+            scheme=self.cluster.scheme, client=self.cluster.client,
+        )  # fmt: skip
         self.cluster.nodes = [node for node in self.cluster.nodes if node.name != name]
         self.cluster.nodes.insert(ordinal, pod)
         return pod
@@ -127,8 +130,7 @@ class Pods:
 
 def _ready(pod: Pod) -> bool:
     try:
-        with httpx.Client(trust_env=False, timeout=PROBE_TIMEOUT_S) as client:
-            return client.get(f"{pod.url}/readyz").is_success
+        return pod.get("/readyz", timeout=PROBE_TIMEOUT_S).is_success
     except httpx.HTTPError:
         return False
 
