@@ -123,6 +123,24 @@ def serve(
 
 
 @app.command()
+def version(
+    in_json: Annotated[bool, typer.Option("--json", help="With that of Python, of SQLite, and of the schema.")] = False,
+) -> None:
+    """Print the version."""
+    if not in_json:
+        _print_version(wanted=True)
+    import platform
+
+    import msgspec
+
+    from mehdb.store import SCHEMA_VERSION, sqlite_version
+
+    python, sqlite = platform.python_version(), sqlite_version()
+    versions = {"version": __version__, "python": python, "sqlite": sqlite, "schema": SCHEMA_VERSION}
+    typer.echo(msgspec.json.encode(versions).decode())
+
+
+@app.command()
 def local(
     replicas: Annotated[int, typer.Option(min=1, max=64, help="How many nodes.")] = 3,
     port: Annotated[int, typer.Option(min=1, max=65000, help="Node I listens on 127.0.0.1, this port plus I.")] = 9876,

@@ -7,6 +7,7 @@ threads that read the store, not the end of the process.
 
 import asyncio
 import ipaddress
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from typing import Any, Final
 
 LOOKUP_TIMEOUT_S: Final = 2.5  # as long as a node may take for an answer
 LOOKUPS_MAX: Final = 32  # threads: as many names as anybody asks for at once, several times
-KEEP_S: Final = 2.0  # an answer that came too late serves who asks again so soon: else a slow server would never do
+KEEP_S: Final = 5.0  # an answer that came too late serves who asks again so soon: else a slow server would never do
 ABSENT: Final = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+# Whole: in one of the resolver's search domains a wildcard may stand for everything that does not exist.
+IN_CLUSTER: Final = re.compile(r".+\.svc\..*[^.]")
 
 Find = Callable[..., list[tuple[Any, ...]]]
 
@@ -62,7 +65,7 @@ class Names:
         """
         if is_address(name):
             return (name,)
-        lookup = self._under_way(name, family)
+        lookup = self._under_way(f"{name}." if IN_CLUSTER.fullmatch(name) else name, family)
         try:
             async with asyncio.timeout(timeout_s):
                 found = await asyncio.wrap_future(lookup.answer)

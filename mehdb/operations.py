@@ -27,6 +27,7 @@ from mehdb.errors import (
     Refused,
     StoreError,
     StoreFailed,
+    UnknownSchema,
 )
 from mehdb.model import DrainReport, NodePosition, NodeStatus, Role, State
 from mehdb.peers import Peer
@@ -127,6 +128,8 @@ def _require_store(directory: Path) -> None:
             require_sound(directory)
         except FileNotFoundError:
             raise StoreFailed(f"{directory} holds no store: name another with --data-dir") from None
+        except UnknownSchema:  # nothing that this program says of it would be true
+            raise
         except StoreError:  # whoever reads on finds out more
             return
 

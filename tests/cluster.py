@@ -96,6 +96,7 @@ class Node:
     scheme: str = "http"
     client: httpx.Client = CLIENT
     """Who asks it: shows what it must be shown."""
+    run_by: tuple[str, ...] = ()  # a command that becomes the process
 
     @property
     def url(self) -> str:
@@ -114,7 +115,7 @@ class Node:
         assert self.process is None, f"{self.name} runs already"
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mehdb", "serve", *arguments],
+                [*self.run_by, sys.executable, "-m", "mehdb", "serve", *arguments],
                 env=clean_environment() | self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         try:

@@ -1,7 +1,9 @@
 """The `mehdb` command: what it says of itself, what it refuses before it does anything, and how it ends."""
 
 import asyncio
+import json
 import os
+import platform
 import re
 import signal
 import socket
@@ -21,7 +23,7 @@ from cluster import ADDRESS, DEADLINE_S, Cluster, Node, clean_environment, curl,
 from mehdb import __version__
 from mehdb.model import Epoch
 from mehdb.settings import SETTINGS, flag
-from mehdb.store import Store, Write
+from mehdb.store import SCHEMA_VERSION, Store, Write
 from mehdb.store.schema import use_page_checksums
 
 MODULE = (sys.executable, "-m", "mehdb")
@@ -61,7 +63,15 @@ def assert_told(done: "subprocess.CompletedProcess[str]", code: int, *problems: 
 
 @pytest.mark.parametrize("command", [MODULE, SCRIPT], ids=["python -m mehdb", "mehdb"])
 def test_both_ways_to_call_it_are_the_same(command: tuple[str, ...]) -> None:
-    assert mehdb("--version", command=command).stdout == f"mehdb {__version__}\n"
+    for ask in ("--version", "version"):
+        assert mehdb(ask, command=command).stdout == f"mehdb {__version__}\n"
+
+
+def test_the_version_as_json_says_what_else_it_runs_with() -> None:
+    assert json.loads(mehdb("version", "--json").stdout) == {
+        "version": __version__, "python": platform.python_version(), "sqlite": apsw.sqlite_lib_version(),
+        "schema": SCHEMA_VERSION,
+    }  # fmt: skip
 
 
 def test_without_arguments_it_helps() -> None:

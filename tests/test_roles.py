@@ -5,7 +5,7 @@ from typing import Final
 import pytest
 
 from mehdb.model import Epoch, Role
-from mehdb.roles import OrdinalLeadership, assign, pod_url
+from mehdb.roles import OrdinalLeadership, address_url, assign, peers_service, pod_url
 from mehdb.settings import load
 
 DOMAIN: Final = "mehdb.shop.svc.cluster.local"
@@ -107,6 +107,36 @@ def test_a_pod_finds_each_other_pod() -> None:
     )  # fmt: skip
     assert [pod_url(settings, ordinal) for ordinal in (0, 3, 10)] == [
         f"http://mehdb-{ordinal}.{DOMAIN}:9876" for ordinal in (0, 3, 10)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        ({}, "mehdb-peers.shop.svc.cluster.local"),
+        ({"MEHDB_SERVICE": "kv"}, "kv-peers.shop.svc.cluster.local"),
+        ({"MEHDB_NAMESPACE": "test"}, "mehdb-peers.test.svc.cluster.local"),
+        ({"MEHDB_PEERS_SERVICE": "all"}, "all.shop.svc.cluster.local"),
+        ({"MEHDB_PEERS": "http://a,http://b"}, None),
+        ({"MEHDB_LOCAL": "yes"}, None),
+    ],
+)
+def test_all_pods_are_listed_in_the_namespace_of_their_names(environ: dict[str, str], name: str | None) -> None:
+    environ |= {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+    settings = load({}, environ, find_host_name=lambda: "mehdb-1", find_fqdn=lambda host: f"{host}.{DOMAIN}")
+    assert peers_service(settings) == name
+
+
+def test_outside_kubernetes_nobody_lists_them() -> None:
+    settings = load({}, {"MEHDB_PEERS": "http://a,http://b"}, find_host_name=lambda: "mehdb-1")
+    assert peers_service(settings) is None
+
+
+def test_a_node_is_asked_at_an_address_on_the_port_of_all() -> None:
+    settings = load({}, {"MEHDB_PORT": "80"}, find_host_name=lambda: "mehdb")
+    assert [address_url(settings, one) for one in ("10.0.0.1", "fd00::1")] == [
+        "http://10.0.0.1:80",
+        "http://[fd00::1]:80",
     ]
 
 

@@ -85,6 +85,7 @@ BAD: Final = [
     ),
     ("namespace", ["Shop", "a.b", "-a", "a-", "a_b", "a" * 64]),
     ("service", ["Shop", "a.b", "-a", "a-", "a_b", "a" * 64]),
+    ("peers_service", ["Shop", "a.b", "-a", ""]),
     ("leader_ordinal", ["-1", "first", "1000000000", "1e3", "0" * 12 + "9" * 12]),
     ("advertise_url", ["mehdb-{ordinal}", "https://{name}.example/{ordinal}", "http://x/{ordinal}", "http://a?{ordinal}"]),
     ("max_value", ["0", "-1", "65MiB", "8 MiBs", "8 QB", "MiB", "1.5MiB", "1e6", "8MiB\n", "9" * 5000]),

@@ -17,9 +17,10 @@ MOUNT_TIMEOUT_S: Final = 10
 FOREIGN: Final = "foreign"  # a file on the volume that is none of ours
 
 
-def _unavailable(why: str) -> NoReturn:
+def unavailable(why: str) -> NoReturn:
+    """Skip a test for which this machine will not do, but in CI fail it."""
     if os.environ.get("CI"):
-        pytest.fail(f"CI needs volumes of its own: {why}")
+        pytest.fail(f"CI needs what only root can have: {why}")
     pytest.skip(why)
 
 
@@ -32,10 +33,10 @@ def tmpfs(path: Path, size_bytes: int) -> Iterator[Path]:
     """Have a file system in memory at *path*. Without the right to mount one, the test is skipped."""
     path.mkdir(parents=True)
     if os.geteuid() != 0:
-        _unavailable("only root can mount a volume")
+        unavailable("only root can mount a volume")
     mounted = _mount("mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(path))
     if mounted.returncode != 0:
-        _unavailable(f"no volume can be mounted here: {mounted.stderr.strip()}")
+        unavailable(f"no volume can be mounted here: {mounted.stderr.strip()}")
     try:
         yield path
     finally:
@@ -47,7 +48,7 @@ def ext4(path: Path, size_bytes: int) -> Iterator[Path]:
     """Have a file system on a loop device at *path*, as on a real disk. Where that cannot be, the test is skipped."""
     path.mkdir(parents=True)
     if os.geteuid() != 0:
-        _unavailable("only root can mount a volume")
+        unavailable("only root can mount a volume")
     image = path.with_suffix(".img")
     with image.open("wb") as file:
         file.truncate(size_bytes)
@@ -55,9 +56,9 @@ def ext4(path: Path, size_bytes: int) -> Iterator[Path]:
         made = _mount("mkfs.ext4", "-q", "-F", "-m", "0", str(image))
         mounted = _mount("mount", "-o", "loop", str(image), str(path))
     except FileNotFoundError as error:
-        _unavailable(f"no ext4 can be made here: {error}")
+        unavailable(f"no ext4 can be made here: {error}")
     if made.returncode or mounted.returncode:
-        _unavailable(f"no ext4 can be mounted here: {made.stderr.strip()} {mounted.stderr.strip()}")
+        unavailable(f"no ext4 can be mounted here: {made.stderr.strip()} {mounted.stderr.strip()}")
     try:
         yield path
     finally:

@@ -17,7 +17,7 @@ from mehdb.peers import Peer
 from mehdb.recovery.table import Peers
 
 PEERS_MAX: Final = 128  # with those that have shown up by themselves
-ASKED_AT_ONCE: Final = 8  # pods have consecutive ordinals: where so many in a row do not exist, no more are looked for
+ASKED_AT_ONCE: Final = 8  # pods have consecutive ordinals: where so many in a row tell nothing, no more are looked for
 
 
 class KnownPeers:
@@ -80,7 +80,7 @@ class KnownPeers:
                 if not isinstance(answer, PeerAbsent):
                     said.note(peer, answer, may_be_known=peer.url in self.guests)
                 asked.update(peer.whereabouts.known)
-            if all(isinstance(answer, PeerAbsent) for answer in answers):
+            if all(_tells_nothing(answer) for answer in answers):
                 break
         listed = [peer for peer in listed if peer.whereabouts.host not in asked]
         for peer, answer in zip(listed, await _positions(listed, end_s), strict=True):
@@ -123,6 +123,13 @@ class _Said:
             return
         self._heads[same] = answer.revision
         self.positions[peer.url] = answer
+
+
+def _tells_nothing(answer: NodePosition | PeerError) -> bool:
+    """Return whether nobody is there, or no resolver tells whether somebody is: then asking for more names is idle."""
+    return isinstance(answer, PeerAbsent) or (
+        isinstance(answer, PeerUnreachable) and isinstance(answer.__cause__, NameUnknown)
+    )
 
 
 async def _positions(peers: Sequence[Peer], end_s: float | None) -> list[NodePosition | PeerError]:

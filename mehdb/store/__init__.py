@@ -39,7 +39,7 @@ from mehdb.store.lock import CommandLock, DirectoryLock, lock_holder
 from mehdb.store.mark import forget_divergence, note_divergence, read_divergence, read_mark, write_mark
 from mehdb.store.past import history, value_at
 from mehdb.store.room import Room
-from mehdb.store.schema import Meta, missing_behind, new_history, require_sound
+from mehdb.store.schema import SCHEMA_VERSION, Meta, missing_behind, new_history, require_sound, sqlite_version
 from mehdb.store.session import StoreOptions
 from mehdb.store.snapshot import (
     INCOMING,
@@ -62,6 +62,7 @@ __all__ = [
     "INCOMING",
     "LOCK_NAME",
     "OUTGOING",
+    "SCHEMA_VERSION",
     "Batch",
     "Check",
     "CheckReport",
@@ -97,6 +98,7 @@ __all__ = [
     "read_mark",
     "remove_leftovers_of_commands",
     "require_sound",
+    "sqlite_version",
     "sync_directory",
     "sync_file",
     "take_back_half_kept",

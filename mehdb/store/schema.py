@@ -18,11 +18,12 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import apsw
 import apsw.sqlite_extra
 
+from mehdb import __version__
 from mehdb.errors import Damaged, DamagedRow, StoreFailed, UnknownSchema, UnsafeSqlite
 from mehdb.model import GENESIS, ORIGIN, Chain, Change, Epoch, History, Position, Revision
 from mehdb.store.files import sync_directory, sync_file
@@ -35,7 +36,8 @@ SHM_NAME: Final = FILE_NAME + "-shm"
 PAGE_SIZE: Final = 4096
 CHECKSUM_BYTES: Final = 8  # at the end of each page, for SQLite's cksumvfs
 APPLICATION_ID: Final = 0x6D656864  # "mehd", so that `file` and we can tell the file from any other database
-SCHEMA_VERSION: Final = 1
+HEADER_BYTES, VERSION_AT, APPLICATION_AT = 100, 60, 68  # https://sqlite.org/fileformat.html
+SCHEMA_VERSION: Final = 1  # a change of the tables raises it, brings the upgrade, and is refused by whoever is older
 # Partial: it costs a change without a time to live nothing. A store made before there were any gets it when opened.
 EXPIRY_INDEX: Final = "CREATE INDEX IF NOT EXISTS change_expiry ON change (expires_at) WHERE expires_at IS NOT NULL"
 SCHEMA: Final = f"""
@@ -97,6 +99,11 @@ class Meta:
         return Position(self.history, self.head, self.chain)
 
 
+def sqlite_version() -> str:
+    """Return the version of SQLite that this process uses: apsw brings its own."""
+    return apsw.sqlite_lib_version()
+
+
 def refuse_unsafe_sqlite(version: str) -> None:
     """Raise `UnsafeSqlite` if SQLite *version*, as in "3.51.2", may corrupt a database in WAL mode."""
     if tuple(int(part) for part in version.split(".")) < FIRST_SAFE_SQLITE:
@@ -113,7 +120,7 @@ def is_damage(error: BaseException) -> bool:
 @functools.cache
 def use_page_checksums() -> None:
     """Have every connection that is opened from here on write and verify page checksums. Raises `UnsafeSqlite`."""
-    refuse_unsafe_sqlite(apsw.sqlite_lib_version())
+    refuse_unsafe_sqlite(sqlite_version())
     connection = apsw.Connection(":memory:")
     try:
         apsw.sqlite_extra.load(connection, "cksumvfs")
@@ -133,6 +140,7 @@ def open_writer(directory: Path) -> apsw.Connection:
     path = directory / FILE_NAME
     if not path.exists():
         _create(directory)
+    _refuse_newer_file(path)
     _fill_last_page(directory)
     connection = _connect(path, apsw.SQLITE_OPEN_READWRITE)
     try:
@@ -166,12 +174,31 @@ def _fill_last_page(directory: Path) -> None:
     path = directory / FILE_NAME
     size_bytes = path.stat().st_size
     if size_bytes % PAGE_SIZE:
-        with path.open("rb") as file:
-            ours = file.read(100)[68:72] == APPLICATION_ID.to_bytes(4, "big")  # https://sqlite.org/fileformat.html
+        ours = _header(path).application == APPLICATION_ID
         if ours and not _has_frames(directory / WAL_NAME):
             raise Damaged(f"{path} ends within a page")
         if ours:
             os.truncate(path, size_bytes + -size_bytes % PAGE_SIZE)
+
+
+class _Header(NamedTuple):
+    """What the file's first bytes say of it, behind a WAL that may say otherwise."""
+
+    version: int
+    application: int
+
+
+def _header(path: Path) -> _Header:
+    with path.open("rb") as file:
+        first = file.read(HEADER_BYTES)
+    return _Header(*(int.from_bytes(first[start : start + 4], "big") for start in (VERSION_AT, APPLICATION_AT)))
+
+
+def _refuse_newer_file(path: Path) -> None:
+    """Raise `UnknownSchema` if the file is ours and of a newer schema, before SQLite makes anything beside it."""
+    header = _header(path)
+    if header.application == APPLICATION_ID and header.version > SCHEMA_VERSION:
+        raise _unknown(path, header.version)
 
 
 def _has_frames(wal: Path) -> bool:
@@ -209,6 +236,7 @@ def require_sound(directory: Path) -> Meta:
     if not (directory / FILE_NAME).exists():
         refuse_lost_store(directory)
         raise FileNotFoundError(directory / FILE_NAME)
+    _refuse_newer_file(directory / FILE_NAME)
     try:
         connection = open_reader(directory)
         try:
@@ -335,9 +363,14 @@ def refuse_other_schema(connection: apsw.Connection, path: Path) -> None:
     if application != APPLICATION_ID:
         raise UnknownSchema(f"{path} is not a mehdb store: move it away or choose another --data-dir")
     if version != SCHEMA_VERSION:
-        raise UnknownSchema(
-            f"{path} has schema {version}, this mehdb knows {SCHEMA_VERSION}: run the one that wrote it, or a newer one"
-        )
+        raise _unknown(path, version)
+
+
+def _unknown(path: Path, version: object) -> UnknownSchema:
+    return UnknownSchema(
+        f"{path} has schema {version}, this mehdb ({__version__}) knows {SCHEMA_VERSION}: run the one that wrote it, "
+        "or a newer one"
+    )
 
 
 def new_history() -> History:
