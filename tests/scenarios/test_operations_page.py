@@ -25,8 +25,8 @@ SPANS: Final = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", BLOC
 EXEC: Final = "kubectl -n mehdb exec "
 # What takes a real cluster. All else that is typed for kubectl are commands in pods.
 ELSEWHERE: Final = (
-    "kubectl taint ", "kubectl -n mehdb get ", "kubectl -n mehdb patch ", "kubectl -n mehdb port-forward ",
-    "kubectl -n mehdb rollout ", "kubectl -n mehdb scale ",
+    "kubectl taint ", "kubectl -n mehdb describe ", "kubectl -n mehdb get ", "kubectl -n mehdb logs ",
+    "kubectl -n mehdb patch ", "kubectl -n mehdb port-forward ", "kubectl -n mehdb rollout ", "kubectl -n mehdb scale ",
 )  # fmt: skip
 IN_PODS: Final = [match[1] for text in LINES + SPANS if (match := re.match(EXEC + r".*?-- (mehdb [^|&<>]*)", text))]
 
@@ -202,6 +202,6 @@ def test_every_warning_and_error_of_the_log_is_explained() -> None:
 
 
 def test_every_place_that_the_page_points_to_is_there() -> None:
-    headings = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
+    headings = re.findall(r"^##+ (.*)$", PAGE, re.MULTILINE)
     anchors = {re.sub(r"[^a-z0-9 -]", "", text.lower()).replace(" ", "-") for text in headings}
     assert set(re.findall(r"\]\(#([^)]+)\)", PAGE)) <= anchors
