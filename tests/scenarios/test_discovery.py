@@ -157,6 +157,7 @@ def test_an_address_that_is_listed_and_silent_delays_no_follower_for_long(them: 
 
 
 def test_a_silent_resolver_holds_up_no_read_and_no_stop(them: Pods) -> None:
+    them.resolver = "timeout:30 attempts:3"  # longer than a stop may take
     leader, follower = started(them, 2)
     them.dns.mood = Mood.SILENT
     follower.stop()
@@ -176,8 +177,15 @@ def test_a_silent_resolver_holds_up_no_read_and_no_stop(them: Pods) -> None:
         eventually(leads, "a leader with data to lead without asking anybody", 40)
     follower.stop()
     leader.stop()
+
+
+def test_who_starts_beside_a_silent_resolver_goes_on_when_it_answers(them: Pods) -> None:
+    leader, follower = started(them, 2)
+    them.cluster.stop()
+    them.dns.mood = Mood.SILENT
     leader.start(ready=False)
     follower.start(ready=False)
+    eventually(lambda: "was not found out" in (follower.status().reason or ""), "the follower to say what it lacks")
     them.dns.mood = Mood.WELL
     eventually(leader.ready, "the leader to find out that its peers agree")
     follows(follower, leader, b"w")
