@@ -26,25 +26,29 @@ class Files:
         """Read them."""
         self._paths = paths
         self._read = read
-        self._seen = self._signature()
+        self._told = ""
+        self._seen: Signature | None = self._signature()
         read()
 
     def refresh(self) -> None:
-        """Read them again if they have changed. What is wrong with them is logged once, and the old ones stay."""
+        """Read them again if they have changed, and until that succeeds. What is wrong is logged once; the old stay."""
         signature = self._signature()
         if signature == self._seen:
             return
-        self._seen = signature
         names = ", ".join(str(path) for path in self._paths)
         try:
             self._read()
         except SettingsError as error:
-            log.error('credentials not read, the old ones stay files="%s" reason="%s"', names, error)  # noqa: TRY400
+            self._seen = None  # what is wrong may pass without a trace: permissions, a disk
+            if str(error) != self._told:
+                log.error('credentials not read, the old ones stay files="%s" reason="%s"', names, error)  # noqa: TRY400
+            self._told = str(error)
         else:
             log.info('credentials read files="%s"', names)
+            self._seen, self._told = signature, ""
 
     def _signature(self) -> Signature:
-        """Return what tells one version of the files from the next: a Secret's are swapped, not rewritten."""
+        """Return what tells one version of the files from the next. A change's time is the kernel's: none is kept."""
         found: list[tuple[int, int, int] | None] = []
         for path in self._paths:
             try:
@@ -52,7 +56,7 @@ class Files:
             except OSError:
                 found.append(None)
             else:
-                found.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+                found.append((stat.st_ino, stat.st_ctime_ns, stat.st_size))
         return tuple(found)
 
 

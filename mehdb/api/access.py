@@ -86,16 +86,19 @@ class Gate:
 SNAPSHOT: Final = "/snapshot"  # the whole store goes out: whoever asked is written down
 
 
-def require(request: web.BaseRequest, right: Right, start: bytes) -> None:
-    """Return if *request* may use *right* on all keys that begin with *start*. Raises `Forbidden`.
+def require_valid(request: web.BaseRequest) -> None:
+    """Return if the token of *request* was not taken back while something was waited for. Raises `Unauthorized`."""
+    grant: Grant | None = request.get(GRANT)
+    if grant is not None and not grant.valid:
+        raise Unauthorized("the token is no longer valid: another is needed", needs=Anyone.KNOWN.value)
 
-    And `Unauthorized` once its token has been taken back.
-    """
+
+def require(request: web.BaseRequest, right: Right, start: bytes) -> None:
+    """Return if *request* may use *right* on all keys from *start* on. Raises `Forbidden` and `Unauthorized`."""
     grant: Grant | None = request.get(GRANT)
     if grant is None:
         return
-    if not grant.valid:
-        raise Unauthorized("the token is no longer valid: another is needed", needs=right)
+    require_valid(request)
     if not (grant.has(right) and grant.covers(start)):
         prefixes = ", ".join(prefix.decode() for prefix in grant.prefixes) or "all keys"
         raise Forbidden(

@@ -24,38 +24,61 @@ NOBODY: Final = "-"
 TEXT_MAX: Final = 256  # characters of what a client sent
 
 
+class _Allowance:
+    """Lines that may be written: a burst, and so many a second. Counts those that may not."""
+
+    def __init__(self) -> None:
+        self._lines = float(LINES_AT_ONCE)
+        self._at_s = monotonic()
+        self.suppressed = 0
+
+    def take(self) -> bool:
+        """Return whether there is a line left: they come back with time."""
+        now = monotonic()
+        self._lines = min(LINES_AT_ONCE, self._lines + (now - self._at_s) * LINES_PER_S)
+        self._at_s = now
+        if self._lines < 1:
+            self.suppressed += 1
+            return False
+        self._lines -= 1
+        return True
+
+    def told(self) -> int:
+        """Return how many lines were suppressed since this was last asked."""
+        suppressed, self.suppressed = self.suppressed, 0
+        return suppressed
+
+
 class Audit:
-    """Writes down what was denied, and what was administrative."""
+    """Writes down what was denied, and what was administrative.
+
+    Strangers cannot use up the lines of those whose token is known, nor they each other's.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._lines = float(LINES_AT_ONCE)
-        self._at_s = monotonic()
-        self._suppressed = 0
+        self._handshakes = _Allowance()
+        self._by_token: dict[str, _Allowance] = {}  # as many as the tokens file has, and one for what is not known
 
     def denied(self, request: web.BaseRequest, route: str, error: MehdbError, grant: Grant | None) -> None:
         """Take down that *request* was answered with *error*; *grant* is that of its token, if it is known."""
         self._metrics.count_denied(error.code)
-        if not self._may_tell():
-            self._suppressed += 1
+        allowance = self._by_token.setdefault(grant.name if grant else NOBODY, _Allowance())
+        if not allowance.take():
             return
         who = _who(request, grant)
         log.warning(
             'denied token=%s from=%s certificate="%s" via=%s method=%s route=%s target="%s" code=%s needs=%s '
             "suppressed=%d",
             who.token, who.address, who.certificate, who.via, request.method, route, request.raw_path[:TEXT_MAX],
-            error.code, error.details.get("needs"), self._suppressed,
+            error.code, error.details.get("needs"), allowance.told(),
         )  # fmt: skip
-        self._suppressed = 0
 
     def refused(self, address: str, reason: str) -> None:
         """Take down that no connection was made with who is at *address*: it shows no certificate, or talks no TLS."""
         self._metrics.count_denied(HANDSHAKE)
-        if not self._may_tell():
-            self._suppressed += 1
-            return
-        log.warning('refused from=%s reason="%s" suppressed=%d', address, reason, self._suppressed)
-        self._suppressed = 0
+        if self._handshakes.take():
+            log.warning('refused from=%s reason="%s" suppressed=%d', address, reason, self._handshakes.told())
 
     def administrative(self, request: web.BaseRequest, route: str, grant: Grant | None) -> None:
         """Take down that *request* is let in, which is for operators."""
@@ -64,16 +87,6 @@ class Audit:
             'administrative token=%s from=%s certificate="%s" via=%s method=%s route=%s target="%s"',
             who.token, who.address, who.certificate, who.via, request.method, route, request.raw_path[:TEXT_MAX],
         )  # fmt: skip
-
-    def _may_tell(self) -> bool:
-        """Return whether there is a line left: they come back with time."""
-        now = monotonic()
-        self._lines = min(LINES_AT_ONCE, self._lines + (now - self._at_s) * LINES_PER_S)
-        self._at_s = now
-        if self._lines < 1:
-            return False
-        self._lines -= 1
-        return True
 
 
 def local(request: web.BaseRequest) -> None:

@@ -10,6 +10,7 @@ from typing import Final
 
 from aiohttp import web
 
+from mehdb.api.access import require_valid
 from mehdb.api.answers import Answer, waiting
 from mehdb.api.forward import ToLeader
 from mehdb.api.node import NodeView
@@ -77,6 +78,7 @@ class Reads:
             # A drain interrupts the first wait, once, though reads go on.
             reached = await self._store.wait_beyond(before, wait_s)
             reached = reached or await self._store.wait_beyond(before, max(0.0, end_s - clock()))
+        require_valid(request)
         if reached:
             return
         if self._node.state is State.STOPPED:

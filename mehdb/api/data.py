@@ -5,6 +5,7 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
+from mehdb.api.access import require_valid
 from mehdb.api.acks import Acks, Wanted
 from mehdb.api.answers import TEXT, Answer
 from mehdb.api.bodies import Bodies
@@ -88,6 +89,7 @@ class DataRoutes:
         with self._node.writing() as recheck:
             value = await self._bodies.read(request, self._bodies.value_bytes_max)
             recheck()
+            require_valid(request)
             return await self._write(Write(key, value, content_type, ttl_ms, conditions), wanted)
 
     async def delete(self, request: web.BaseRequest, target: Target, rest: str) -> Answer:

@@ -19,6 +19,9 @@ from mehdb.credentials import Credentials
 log = logging.getLogger("mehdb.api")
 
 SHUTDOWN_S: Final = 1.0  # many clients never answer to the end of a connection
+HANDSHAKES_MAX: Final = 128  # at once: each may hold 300 KB that a stranger has sent
+STOP_S: Final = 1.0  # for those under way when no more are accepted
+ANSWER_S: Final = 0.1  # for a request that comes right behind one
 ACCEPT_AGAIN_S: Final = 1.0  # after the file descriptors ran out
 
 
@@ -85,6 +88,7 @@ class TlsSite(web.BaseSite):
         self._credentials = credentials
         self._on_refused = on_refused
         self._accepting: asyncio.Task[None] | None = None
+        self._shaking: dict[asyncio.Task[None], None] = {}  # in the order in which they began
 
     @property
     def name(self) -> str:
@@ -103,6 +107,9 @@ class TlsSite(web.BaseSite):
             self._accepting.cancel()
             await asyncio.wait([self._accepting])
         self._listener.close()
+        if self._shaking:  # what they ask is still answered
+            await asyncio.wait(self._shaking, timeout=STOP_S)
+            await asyncio.sleep(ANSWER_S)
         await super().stop()
 
     async def _accept(self) -> None:
@@ -116,7 +123,13 @@ class TlsSite(web.BaseSite):
                 continue
             context = self._credentials.server
             assert context, "without a certificate there is no such site"  # noqa: S101  our own invariant
-            Handshake(loop, self._tls_server, accepted, str(address[0]), context, self._on_refused)
+            handshake = Handshake(loop, self._tls_server, accepted, str(address[0]), context, self._on_refused)
+            self._shaking[handshake.task] = None
+            handshake.task.add_done_callback(lambda task: self._shaking.pop(task, None))
+            if len(self._shaking) > HANDSHAKES_MAX:
+                oldest = next(iter(self._shaking))
+                del self._shaking[oldest]
+                oldest.cancel()
 
 
 class Handshake:
@@ -136,12 +149,12 @@ class Handshake:
         self._accepted = accepted
         self._address = address
         self._on_refused = on_refused
-        self._shaking = loop.create_task(self._shake(loop, context), name="handshake")
+        self.task = loop.create_task(self._shake(loop, context), name="handshake")
         server.opened(self)
 
     def abort(self) -> None:
         """Close the connection at once."""
-        self._shaking.cancel()
+        self.task.cancel()
 
     async def _shake(self, loop: AbstractEventLoop, context: ssl.SSLContext) -> None:
         timeout_s = self._server.head_timeout_s

@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 from mehdb.api import lines
-from mehdb.api.access import require
+from mehdb.api.access import require, require_valid
 from mehdb.api.answers import JOIN_BYTES_MAX, NDJSON, Answer, StreamedAnswer, waiting
 from mehdb.api.data import refuse_if_empty
 from mehdb.api.listing import next_link
@@ -140,7 +140,7 @@ class Watch:
         """Return when there may be more, at most after *timeout_s*. Raises `Stopping` when the node does."""
         if self.node.closing or self._store.waits_no_more:
             raise Stopping("this node stops: go on at another one, from where this one ends")
-        require(request, Right.READ, self._prefix)  # a token may be taken back meanwhile
+        require_valid(request)
         with waiting(request):
             await self._store.wait_to_watch(self.position, timeout_s)
 
@@ -149,6 +149,7 @@ class Watch:
         end_s = monotonic() + wait_s
         while True:
             events, self.position = await self.next(POLL_BYTES)
+            require_valid(request)
             left_s = end_s - monotonic()
             if events or left_s <= 0:
                 return events
@@ -212,6 +213,7 @@ class WatchAnswer(StreamedAnswer):
         """
         if transport.is_closing():
             raise ConnectionResetError("the client has gone")
+        require_valid(request)  # a token may be taken back meanwhile
         texts = [event.text(events=self._events) for event in found.events]
         large_bytes = sum(len(text) for text in texts if len(text) > JOIN_BYTES_MAX)
         if large_bytes:

@@ -218,7 +218,7 @@ class Client:
                 if answer.status_code != 307:
                     yield answer
                     return
-                where = answer.headers.get("Location", "")
+                where = _onward(where, answer.headers.get("Location", ""))
         raise PeerAnswerInvalid(f"{url} redirects in a circle: are the peers of its nodes in order?")
 
     def _refuse_stranger(self, url: str, answer: httpx.Response) -> NoReturn:
@@ -299,6 +299,13 @@ def checked_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
         if not (value.isascii() and value.isprintable()):
             raise SettingsError([f"{name}: {value!r} must be printable ASCII"])
     return headers
+
+
+def _onward(url: str, location: str) -> str:
+    """Return *location*, to which *url* redirects. Raises `PeerAnswerInvalid` where others could read what is sent."""
+    if url.startswith("https:") and not location.startswith("https:"):
+        raise PeerAnswerInvalid(f"{url} redirects to {location!r}, which is not encrypted: see to its --advertise-url")
+    return location
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -191,6 +192,24 @@ def test_a_token_that_is_taken_back_is_of_no_use_soon(cluster: Cluster, tokens: 
     assert ask(node, "GET", "/keys", {"Authorization": f"Bearer {late}"}).is_success
 
 
+@pytest.mark.parametrize("target", ["/watch?wait=30&prefix=app/", "/get/app/k?min_revision={next}&wait=30"])
+def test_what_waits_gets_nothing_that_came_after_its_token_was_taken_back(
+    cluster: Cluster, tokens: Tokens, tmp_path: Path, target: str
+) -> None:
+    own = Tokens(tmp_path / "tokens", dict(tokens.given))
+    shutil.copy(tokens.path, own.path)
+    node = guarded(cluster, own, 1).leader
+    node.put("app/k", b"before")
+    target = target.format(next=node.status().revision + 1)
+    with ThreadPoolExecutor() as pool:
+        waits = pool.submit(ask, node, "GET", target, tokens.headers("app"))
+        own.take_back("app")
+        eventually(lambda: ask(node, "GET", "/get/app/k", tokens.headers("app")).status_code == 401, "it to be gone")
+        assert not waits.done(), "it waits for what comes now"
+        node.put("app/k", b"after")
+        assert waits.result(DEADLINE_S).json()["error"] == "unauthorized"
+
+
 def test_a_node_with_a_wrong_token_says_so_and_goes_on_when_it_is_right(cluster: Cluster, tokens: Tokens) -> None:
     leader = guarded(cluster, tokens, 1).leader
     leader.put("k", b"v")
@@ -242,6 +261,8 @@ def test_who_is_denied_all_the_time_floods_no_log(cluster: Cluster, tokens: Toke
             assert client.get("/keys").status_code == 401
     told = node.log.count(" denied token=")
     assert 100 <= told < 300, "a burst of 100, and 10 a second"
+    ask(node, "PUT", "/set/k", tokens.headers("reader"), b"v")
+    assert node.log.count(" denied token=reader") == 1, "strangers do not hide what those do who are known"
     metrics = node.get("/metrics").text
     assert 'mehdb_denied_total{reason="unauthorized"} 400.0' in metrics
 

@@ -14,6 +14,7 @@ import pytest
 from client_command import mehdb
 from cluster import ADDRESS, CLIENT, DEADLINE_S, Cluster, Node, curl, eventually, free_port
 from guards import Authority, Certificate, swap
+from mehdb.api.handshake import HANDSHAKES_MAX
 
 
 @pytest.fixture
@@ -210,6 +211,19 @@ def test_handshakes_that_never_end_keep_nobody_out(cluster: Cluster, authority: 
         assert node.get("/get/k").content == b"v"
         silent[0].settimeout(DEADLINE_S)
         assert _closed(silent[0]), "the longest idle made room"
+    finally:
+        for one in silent:
+            one.close()
+
+
+def test_there_are_not_many_handshakes_at_once(cluster: Cluster, authority: Authority) -> None:
+    """Each holds what a stranger has sent: the oldest makes room, however many connections there may be."""
+    tls = encrypted(cluster, authority, authority.issue("node"))
+    node = cluster.start(1, **tls, MEHDB_HEADER_TIMEOUT="60").leader
+    silent = [socket.create_connection((ADDRESS, node.port), DEADLINE_S) for _ in range(200)]
+    try:
+        assert all(_closed(one) for one in silent[: 200 - HANDSHAKES_MAX])
+        assert node.put("k", b"v").status_code == 200
     finally:
         for one in silent:
             one.close()
