@@ -59,17 +59,24 @@ class Authority:
         self.ca = directory / f"{name}.pem"
         self._ca.cert_pem.write_to_path(str(self.ca))
 
-    def issue(self, name: str, *, into: Certificate | None = None) -> Certificate:
-        """Make a certificate for this machine, called *name*; *into* the files of another that it replaces."""
-        leaf = self._ca.issue_cert("127.0.0.1", "localhost", common_name=name)
+    def issue(self, name: str, *hosts: str, into: Certificate | None = None) -> Certificate:
+        """Make a certificate called *name* for *hosts*, or this machine; *into* the files of one that it replaces."""
+        leaf = self._ca.issue_cert(*(hosts or ("127.0.0.1", "localhost")), common_name=name)
         made = into or Certificate(self._directory / f"{name}.pem", self._directory / f"{name}.key")
         swap(made.key, leaf.private_key_pem.bytes())
         swap(made.cert, b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
         return made
 
-    def client(self, certificate: Certificate | None = None, headers: dict[str, str] | None = None) -> httpx.Client:
-        """Return a client that trusts this authority alone, and shows *certificate*."""
+    def client(
+        self,
+        certificate: Certificate | None = None,
+        headers: dict[str, str] | None = None,
+        *,
+        any_name: bool = False,
+    ) -> httpx.Client:
+        """Return a client that trusts this authority alone, with *any_name* whomever it is for; shows *certificate*."""
         context = ssl.create_default_context(cafile=self.ca)
+        context.check_hostname = not any_name
         if certificate:
             context.load_cert_chain(certificate.cert, certificate.key)
         limits = httpx.Limits(max_keepalive_connections=0)

@@ -27,8 +27,8 @@ DNS: Final = "10.77.0.2"
 PORT: Final = 9876
 LOOK_EVERY_S: Final = 0.05
 PROBE_TIMEOUT_S: Final = 3.0  # as in the manifest
-# What the kubelet writes, with the resolver's own times: 5 s for an answer, twice.
-RESOLV: Final = f"nameserver {DNS}\nsearch {DOMAIN} svc.cluster.local cluster.local\noptions ndots:5\n"
+# What the kubelet writes.
+RESOLV: Final = f"nameserver {DNS}\nsearch {DOMAIN} svc.cluster.local cluster.local\noptions ndots:5 "
 OWN_NAMES: Final = 'mount --bind "$1" /etc/resolv.conf && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 CLONE_NEWNET: Final = 0x40000000
 SIOCSIFADDR, SIOCSIFNETMASK, SIOCGIFFLAGS, SIOCSIFFLAGS = 0x8916, 0x891C, 0x8913, 0x8914
@@ -68,7 +68,7 @@ class Pod(Node):
 
     @property
     def url(self) -> str:
-        return f"http://{self.address}:{self.port}"
+        return f"{self.scheme}://{self.address}:{self.port}"
 
     @property
     def dns_name(self) -> str:
@@ -88,6 +88,8 @@ class Pods:
     """What a resolver still takes for an answer, whatever has become of the pods."""
     stale: list[str] = field(default_factory=list)
     """Addresses that are listed and are no pod's."""
+    resolver: str = "timeout:5 attempts:2"
+    """How long the resolvers of pods wait for an answer: as they do by themselves."""
     _over: threading.Event = field(default_factory=threading.Event)
 
     def add(self, ordinal: int, address: str = "", **environment: str) -> Pod:
@@ -96,13 +98,16 @@ class Pods:
         name = f"mehdb-{ordinal}"
         hosts, resolv = self.directory / f"{name}.hosts", self.directory / "resolv.conf"
         hosts.write_text(f"127.0.0.1 localhost\n{address} {name}.mehdb.{DOMAIN} {name}\n")
-        resolv.write_text(RESOLV)
+        resolv.write_text(f"{RESOLV}{self.resolver}\n")
         usual = {
             "KUBERNETES_SERVICE_HOST": "10.96.0.1", "MEHDB_HOST": name, "MEHDB_LISTEN": address, "MEHDB_OPEN": "yes",
             "MEHDB_DATADIR": str(self.directory / name), "MEHDB_LAME_DUCK": "0",
         }  # fmt: skip
         run_by = ("unshare", "--mount", "sh", "-c", OWN_NAMES, "sh", str(resolv), str(hosts))
-        pod = Pod(name, PORT, self.directory / name, usual | environment, run_by=run_by, address=address)
+        pod = Pod(
+            name, PORT, self.directory / name, usual | environment, run_by=run_by, address=address,
+            scheme=self.cluster.scheme, client=self.cluster.client,
+        )  # fmt: skip
         self.cluster.nodes = [node for node in self.cluster.nodes if node.name != name]
         self.cluster.nodes.insert(ordinal, pod)
         return pod
@@ -127,8 +132,7 @@ class Pods:
 
 def _ready(pod: Pod) -> bool:
     try:
-        with httpx.Client(trust_env=False, timeout=PROBE_TIMEOUT_S) as client:
-            return client.get(f"{pod.url}/readyz").is_success
+        return pod.get("/readyz", timeout=PROBE_TIMEOUT_S).is_success
     except httpx.HTTPError:
         return False
 

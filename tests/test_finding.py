@@ -9,7 +9,7 @@ import pytest
 from mehdb.errors import PeerUnreachable
 from mehdb.model import Epoch
 from mehdb.names import NameAbsent
-from mehdb.peers import Peer
+from mehdb.peers import Peer, Relay
 from mehdb.recovery.known import KnownPeers
 from mehdb.recovery.table import Peers
 from mehdb.route import Whereabouts
@@ -188,6 +188,14 @@ async def test_who_gives_up_looking_leaves_the_others_to_it() -> None:
         await asyncio.wait([first])
         found.set()
         assert await second == ("10.0.0.2",)
+
+
+async def test_what_is_passed_on_to_who_does_not_lead_has_the_leader_looked_for() -> None:
+    """The answer is the client's all the same; the next request goes elsewhere."""
+    async with listed(a2=position("mehdb-1")) as them, Peer(them.url("127.0.0.2")) as peer:
+        relayed = await peer.forward(Relay("GET", b"/get/k", [], b""), 1)
+        assert b"".join([chunk async for chunk in relayed.chunks()])
+        assert peer.whereabouts.known == ()
 
 
 async def test_the_name_stays_in_what_is_asked_at_an_address() -> None:

@@ -252,3 +252,12 @@ def test_an_operators_command_is_written_down(cluster: Cluster) -> None:
     assert re.search(
         r"logger=mehdb\.audit administrative from=socket pid=\d+ uid=\d+ method=POST route=/drain", node.log
     )
+
+
+def test_what_the_leader_denies_is_denied_through_a_follower(cluster: Cluster, tokens: Tokens) -> None:
+    """With the header by which a client knows that a token would help."""
+    guarded(cluster, tokens, 1)
+    follower = cluster.add(MEHDB_TOKEN_FILE=str(tokens.file("node"))).start()
+    denied = ask(follower, "PUT", "/set/k?forward=true", {}, b"v")
+    assert (denied.status_code, denied.headers["WWW-Authenticate"]) == (401, 'Bearer realm="mehdb"')
+    assert ask(follower, "PUT", "/set/k?forward=true", tokens.headers("writer"), b"v").status_code == 200

@@ -14,11 +14,13 @@ import pytest
 
 from cluster import eventually
 from dns_server import Mood
+from guards import Authority, Tokens
 from pods import DOMAIN, PORT, Pod, Pods, deaf, pods
 
 LEADER = f"mehdb-0.mehdb.{DOMAIN}"
 PEERS = f"mehdb-peers.{DOMAIN}"
 IMPATIENT_S = 2.0  # a loop that waits for a resolver answers nothing meanwhile
+SEARCHED_S = 5.0  # in which it would have been found
 THREADS_MAX = 40  # those of a node that is at work, and one for each name that it looks up at once
 
 
@@ -155,6 +157,7 @@ def test_an_address_that_is_listed_and_silent_delays_no_follower_for_long(them: 
 
 
 def test_a_silent_resolver_holds_up_no_read_and_no_stop(them: Pods) -> None:
+    them.resolver = "timeout:30 attempts:3"  # longer than a stop may take
     leader, follower = started(them, 2)
     them.dns.mood = Mood.SILENT
     follower.stop()
@@ -174,8 +177,15 @@ def test_a_silent_resolver_holds_up_no_read_and_no_stop(them: Pods) -> None:
         eventually(leads, "a leader with data to lead without asking anybody", 40)
     follower.stop()
     leader.stop()
+
+
+def test_who_starts_beside_a_silent_resolver_goes_on_when_it_answers(them: Pods) -> None:
+    leader, follower = started(them, 2)
+    them.cluster.stop()
+    them.dns.mood = Mood.SILENT
     leader.start(ready=False)
     follower.start(ready=False)
+    eventually(lambda: "was not found out" in (follower.status().reason or ""), "the follower to say what it lacks")
     them.dns.mood = Mood.WELL
     eventually(leader.ready, "the leader to find out that its peers agree")
     follows(follower, leader, b"w")
@@ -217,3 +227,48 @@ def test_slow_answers_are_answers(them: Pods) -> None:
     them.dns.delay_s = 3.0
     follower = them.add(1).start()
     follows(follower, leader, b"w")
+
+
+def test_pods_that_show_certificates_find_each_other_without_names(them: Pods, tmp_path: Path) -> None:
+    """Who is asked at an address must have the certificate of its name."""
+    authority, tokens = Authority(tmp_path), Tokens(tmp_path / "tokens")
+    tokens.give("node", "replicate")
+    tokens.give("operator", "admin")
+    certificate = authority.issue("nodes", f"*.mehdb.{DOMAIN}")
+    them.cluster.scheme = "https"
+    # The test asks at addresses.
+    them.cluster.client = authority.client(certificate, tokens.headers("operator"), any_name=True)
+    guards = {
+        "MEHDB_OPEN": "", "MEHDB_TOKENS_FILE": str(tokens.path), "MEHDB_TOKEN_FILE": str(tokens.file("node")),
+        "MEHDB_TLS_CERT": str(certificate.cert), "MEHDB_TLS_KEY": str(certificate.key),
+        "MEHDB_TLS_CA": str(authority.ca), "MEHDB_TLS_VERIFY_CLIENTS": "yes",
+    }  # fmt: skip
+    them.hidden.add(LEADER)
+    leader = them.add(0, **guards).start()
+    follower = them.add(1, **guards).start()
+    follows(follower, leader, b"v")
+    before = leader.status().history
+    leader.kill()
+    follower.stop()
+    shutil.rmtree(leader.volume)
+    follower.start(ready=False)
+    leader.start()
+    assert (leader.status().history, leader.get("/get/k").content) == (before, b"v")
+    follows(follower, leader, b"w")
+
+
+def test_a_pod_of_another_authority_is_not_taken_for_the_leader(them: Pods, tmp_path: Path) -> None:
+    authority, other = Authority(tmp_path), Authority(tmp_path, "other")
+    them.cluster.scheme = "https"
+    for ordinal, signer in enumerate((authority, other)):
+        certificate = signer.issue(f"node-{ordinal}", f"*.mehdb.{DOMAIN}")
+        them.cluster.client = signer.client(any_name=True)
+        pod = them.add(
+            ordinal, MEHDB_TLS_CERT=str(certificate.cert), MEHDB_TLS_KEY=str(certificate.key),
+            MEHDB_TLS_CA=str(signer.ca),
+        )  # fmt: skip
+        pod.start(ready=ordinal == 0)
+    assert "CERTIFICATE_VERIFY_FAILED" in (pod.status().reason or "")
+    them.hidden.add(LEADER)
+    with pytest.raises(AssertionError, match="to be ready"):
+        eventually(pod.ready, "it to be ready", deadline_s=SEARCHED_S)
