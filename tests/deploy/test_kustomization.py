@@ -317,6 +317,7 @@ def test_prometheus_finds_all_pods_once_ready_or_not(name: str) -> None:
     assert service["metadata"]["labels"][monitor["spec"]["jobLabel"]] == "mehdb"
     (endpoint,) = monitor["spec"]["endpoints"]
     assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    assert f'"{endpoint["path"]}": Route(' in (ROOT / "mehdb" / "api" / "routes.py").read_text()
 
 
 @pytest.mark.parametrize("name", MONITORED)
