@@ -10,7 +10,7 @@ import typer
 
 from mehdb import __version__, logs
 from mehdb.client.commands import register
-from mehdb.client.flags import Shown, with_flags
+from mehdb.client.flags import ShownToNode, with_flags
 from mehdb.errors import MehdbError, Refused, SettingsError
 from mehdb.model import NodeStatus, Role, State
 from mehdb.progress import progress_bar
@@ -219,9 +219,9 @@ def restore(
 
 
 @app.command()
-@with_flags(Shown)
+@with_flags(ShownToNode)
 def rejoin(
-    shown: Shown,
+    shown: ShownToNode,
     data_dir: DataDir = DATA_DIR,
     leader: Annotated[
         str | None, typer.Option("--from", metavar="URL", help="The leader, if the node does not run.")
@@ -242,9 +242,9 @@ def rejoin(
 
 
 @app.command()
-@with_flags(Shown)
+@with_flags(ShownToNode)
 def adopt(
-    shown: Shown,
+    shown: ShownToNode,
     peer: Annotated[str, typer.Option("--from", metavar="URL", help="The node whose data is taken.")],
     data_dir: DataDir = DATA_DIR,
     yes: Yes = False,
@@ -258,15 +258,14 @@ def adopt(
     _take(data_dir, peer, shown, "adopted", status, yes=yes)
 
 
-def _take(data_dir: Path, text: str, shown: Shown, keep: str, status: NodeStatus | None, *, yes: bool) -> None:
+def _take(data_dir: Path, text: str, shown: ShownToNode, keep: str, status: NodeStatus | None, *, yes: bool) -> None:
     from mehdb import operations
 
     try:
         url = base_url(text)
     except ValueError as error:
         raise Refused(f"--from: {error}") from error
-    credentials = shown.credentials()
-    position = _run(operations.position_of(url, credentials))
+    position = _run(operations.position_of(shown.peer(url)))
     if status and (status.node, status.history) == (position.node, position.history):
         raise Refused(f"{url} is {status.node} itself: name another node")
     follows = status and status.leader and status.leader.problem is None and status.damage is None
@@ -280,7 +279,7 @@ def _take(data_dir: Path, text: str, shown: Shown, keep: str, status: NodeStatus
         yes=yes,
     )
     with progress_bar() as on_step:
-        meta, kept = _run(operations.take(data_dir, url, credentials, keep, on_step))
+        meta, kept = _run(operations.take(data_dir, shown.peer(url), keep, on_step))
     _report(data_dir, f"took {meta.keys} keys at revision {meta.head}, history {meta.history}", kept)
 
 

@@ -4,9 +4,10 @@ Everything is read from files, and again when they change: Kubernetes swaps the 
 What cannot be read takes the place of nothing: the last that could goes on being used. Nothing here logs a token.
 """
 
+import contextlib
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -134,10 +135,8 @@ class Credentials:
         self._client = client
 
     def _client_context(self) -> ssl.SSLContext:
-        try:
+        with self._reading_ca():
             context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=self._ca)
-        except (OSError, ssl.SSLError) as error:
-            raise SettingsError([f"--tls-ca: {self._ca} cannot be read: {_reason(error)}"]) from error
         self._show(context)
         return context
 
@@ -147,9 +146,17 @@ class Credentials:
         context.set_alpn_protocols(["http/1.1"])
         self._show(context)
         if self._verify_clients and self._ca is not None:
-            context.load_verify_locations(self._ca)
+            with self._reading_ca():
+                context.load_verify_locations(self._ca)
             context.verify_mode = ssl.CERT_REQUIRED
         return context
+
+    @contextlib.contextmanager
+    def _reading_ca(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ssl.SSLError) as error:
+            raise SettingsError([f"--tls-ca: {self._ca} cannot be read: {_reason(error)}"]) from error
 
     def _show(self, context: ssl.SSLContext) -> None:
         """Have *context* show this node's certificate. Raises `SettingsError`, also where the key is another's."""

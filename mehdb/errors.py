@@ -94,7 +94,7 @@ class Unauthorized(RequestError):
 
 
 class Forbidden(RequestError):
-    """The token is known, and lacks the right: details have `needs`, and `prefix` where it is for other keys."""
+    """The token is known, and lacks the right: details have `needs`, and `prefixes` where it is for other keys."""
 
     code = "forbidden"
     status = 403

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -59,6 +59,7 @@ class Life:
             settings.token_file, ca=settings.tls_ca, cert=settings.tls_cert, key=settings.tls_key,
             verify_clients=settings.tls_verify_clients,
         )  # fmt: skip
+        self._refreshed = [self._credentials.refresh, *([self._tokens.refresh] if self._tokens else [])]
         self._neighbours = _neighbours(settings, self._credentials)
         self._leader_at = self._whereabouts_of_leader()
         self._node = Node(settings, self._leadership, store, self._leader_at)
@@ -110,7 +111,7 @@ class Life:
         leaving = asyncio.create_task(self._leave(), name="leave")
         endless = [
             asyncio.create_task(self._watch(), name="watch"),
-            asyncio.create_task(self._refresh(), name="refresh"),
+            *(asyncio.create_task(_keep_fresh(what), name="refresh") for what in self._refreshed),
             asyncio.create_task(self._play(), name=self._node.role),
         ]
         if self._node.role is Role.LEADER:
@@ -139,14 +140,6 @@ class Life:
                 self._store.failure.set_result(
                     StoreFailed(f"the store in {self._settings.data_dir} was deleted or replaced while it was open")
                 )
-
-    async def _refresh(self) -> None:
-        """Use tokens and certificates that have been changed, as soon as they have."""
-        while True:
-            await asyncio.sleep(REFRESH_EVERY_S)
-            await asyncio.to_thread(self._credentials.refresh)  # in a thread: a file may be on a disk that hangs
-            if self._tokens is not None:
-                await asyncio.to_thread(self._tokens.refresh)
 
     async def _leave(self) -> None:
         """When told to stop: drain, and go on answering until nobody asks any more. Told again: at once."""
@@ -304,6 +297,13 @@ class Life:
         for task in (finishing, hurry):
             task.cancel()
         await asyncio.wait([finishing, hurry])
+
+
+async def _keep_fresh(refresh: Callable[[], None]) -> None:
+    """Have tokens or certificates that have been changed used as soon as they have."""
+    while True:
+        await asyncio.sleep(REFRESH_EVERY_S)
+        await asyncio.to_thread(refresh)  # in a thread: a file may be on a disk that hangs
 
 
 def _neighbours(settings: Settings, credentials: Credentials) -> Neighbours | None:

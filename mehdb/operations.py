@@ -16,7 +16,6 @@ from time import monotonic
 from typing import BinaryIO, Final
 
 from mehdb.control import Control
-from mehdb.credentials import Credentials
 from mehdb.errors import (
     CommandAtWork,
     Damaged,
@@ -199,12 +198,10 @@ async def restore(directory: Path, path: Path, *, replace: bool, on_step: OnStep
         return meta, await _install(directory, incoming, meta, "replaced", only_if_empty=not replace)
 
 
-async def take(
-    directory: Path, url: str, credentials: Credentials, keep: str, on_step: OnStep
-) -> tuple[Meta, Path | None]:
-    """Put the whole store of the node at *url* into *directory*. Return it, and where that is kept which was there."""
+async def take(directory: Path, peer: Peer, keep: str, on_step: OnStep) -> tuple[Meta, Path | None]:
+    """Put the whole store of *peer* into *directory*. Return it, and where that is kept which was there."""
     with _incoming(directory) as incoming:
-        async with Peer(url, credentials) as peer:
+        async with peer:
             meta = await fetch(peer, incoming, on_step)
         own = meta_of(directory)
         if own and own.history == meta.history:  # this node may have led since: no epoch must be led at twice
@@ -277,9 +274,9 @@ async def status_of(directory: Path) -> NodeStatus | None:
         return None
 
 
-async def position_of(url: str, credentials: Credentials) -> NodePosition:
-    """Return where the node at *url* is. Raises `PeerError`."""
-    async with Peer(url, credentials) as peer:
+async def position_of(peer: Peer) -> NodePosition:
+    """Return where *peer* is. Raises `PeerError`."""
+    async with peer:
         return await peer.position()
 
 

@@ -378,6 +378,9 @@ def _access_problems(settings: Settings) -> list[str]:
             f"--tokens-file: missing: whoever reaches {settings.listen} could read and write everything. Name a file "
             "with tokens, or say --open (MEHDB_OPEN=yes) if that is meant"
         )
+    others = settings.in_kubernetes or settings.ordinal not in (None, settings.leader_ordinal)
+    if settings.tokens_file and not settings.token_file and others:
+        problems.append("--token-file: missing: nodes show each other a token, with the right replicate; name its file")
     if settings.open and not settings.anonymous:
         problems.append("--open: contradicts --tokens-file and --tls-verify-clients: leave it out")
     if (settings.tls_cert is None) != (settings.tls_key is None):

@@ -108,11 +108,14 @@ class Tokens:
             gone.valid = False
 
 
-def _parse(path: Path, text: bytes) -> list[Grant]:
-    """Return what *text* grants. Raises `SettingsError` with everything that is wrong, but no hash and no token."""
+def _parse(path: Path, text: bytes, flag: str = "--tokens-file") -> list[Grant]:
+    """Return what *text*, of the file named with *flag*, grants.
+
+    Raises `SettingsError` with everything that is wrong, but no hash and no token.
+    """
     problems, grants = [], []
     if len(text) > FILE_BYTES_MAX:
-        raise SettingsError([f"--tokens-file: {path} has more than {FILE_BYTES_MAX} bytes"])
+        raise SettingsError([f"{flag}: {path} has more than {FILE_BYTES_MAX} bytes"])
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith(b"#"):
@@ -120,12 +123,12 @@ def _parse(path: Path, text: bytes) -> list[Grant]:
         try:
             grants.append(_grant(words))
         except ValueError as error:
-            problems.append(f"--tokens-file: {path}, line {number}: {error}")
+            problems.append(f"{flag}: {path}, line {number}: {error}")
     for what, values in (("name", [one.name for one in grants]), ("token", [one.digest.hex() for one in grants])):
         if len(set(values)) < len(values):
-            problems.append(f"--tokens-file: {path}: a {what} is there twice: give each once")
+            problems.append(f"{flag}: {path}: a {what} is there twice: give each once")
     if not problems and not 1 <= len(grants) <= TOKENS_MAX:
-        problems.append(f"--tokens-file: {path} has {len(grants)} tokens: it must have 1 to {TOKENS_MAX}")
+        problems.append(f"{flag}: {path} has {len(grants)} tokens: it must have 1 to {TOKENS_MAX}")
     if problems:
         raise SettingsError(problems)
     return grants
@@ -179,7 +182,7 @@ def add(path: Path, grant: Grant) -> None:
     try:
         text = path.read_bytes() if path.exists() else b""
         whole = text + (b"\n" if text and not text.endswith(b"\n") else b"") + f"{grant.line}\n".encode()
-        _parse(path, whole)
+        _parse(path, whole, "--into")
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with open(descriptor, "ab") as file:  # noqa: PTH123  of a descriptor, which has the mode
             file.write(whole[len(text) :])

@@ -320,6 +320,7 @@ def test_no_other_address_is_loopback(address: str) -> None:
         ({"tls_verify_clients": "yes", "tls_ca": "a"}, "--tls-verify-clients: needs"),
         ({"open": "yes", "tokens_file": "t"}, "--open: contradicts"),
         ({"open": "yes", "tls_verify_clients": "yes"} | TLS, "--open: contradicts"),
+        ({"tokens_file": "t", "host": "mehdb-1", "peers": "http://a"}, "--token-file: missing"),
         ({"health_port": "9876"}, "--health-port: 9876 is --port already"),
     ],
 )

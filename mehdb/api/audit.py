@@ -57,7 +57,7 @@ class Audit:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._handshakes = _Allowance()
+        self._handshakes, self._administrative = _Allowance(), _Allowance()
         self._by_token: dict[str, _Allowance] = {}  # as many as the tokens file has, and one for what is not known
 
     def denied(self, request: web.BaseRequest, route: str, error: MehdbError, grant: Grant | None) -> None:
@@ -82,10 +82,13 @@ class Audit:
 
     def administrative(self, request: web.BaseRequest, route: str, grant: Grant | None) -> None:
         """Take down that *request* is let in, which is for operators."""
+        if not self._administrative.take():
+            return
         who = _who(request, grant)
         log.info(
-            'administrative token=%s from=%s certificate="%s" via=%s method=%s route=%s target="%s"',
+            'administrative token=%s from=%s certificate="%s" via=%s method=%s route=%s target="%s" suppressed=%d',
             who.token, who.address, who.certificate, who.via, request.method, route, request.raw_path[:TEXT_MAX],
+            self._administrative.told(),
         )  # fmt: skip
 
 

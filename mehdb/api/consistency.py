@@ -63,6 +63,7 @@ class Reads:
             await self._reach(request, least, wait_s)
         if of_leader:
             await self._node.confirm_leading()
+            require_valid(request)
         if staleness_s_max is not None:
             self._require_fresh(staleness_s_max)
         if (staleness_s := self._node.staleness_s()) is not None:

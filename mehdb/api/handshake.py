@@ -149,7 +149,9 @@ class Handshake:
         self._accepted = accepted
         self._address = address
         self._on_refused = on_refused
+        self._shaken = False
         self.task = loop.create_task(self._shake(loop, context), name="handshake")
+        self.task.add_done_callback(self._ended)  # also of one that never began
         server.opened(self)
 
     def abort(self) -> None:
@@ -158,18 +160,20 @@ class Handshake:
 
     async def _shake(self, loop: AbstractEventLoop, context: ssl.SSLContext) -> None:
         timeout_s = self._server.head_timeout_s
-        shaken = False
         try:
             await loop.connect_accepted_socket(
                 self._server, self._accepted, ssl=context, ssl_handshake_timeout=timeout_s,
                 ssl_shutdown_timeout=SHUTDOWN_S,
             )  # fmt: skip
-            shaken = True
+            self._shaken = True
         except ssl.SSLError as error:
             self._on_refused(self._address, error.reason or str(error))
         except (OSError, TimeoutError):  # who goes away, or is too slow, is no news
             pass
-        finally:
-            self._server.closed(self)
-            if not shaken:
-                self._accepted.close()
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._server.closed(self)
+        if not self._shaken:
+            self._accepted.close()
+        if not task.cancelled() and (error := task.exception()):
+            log.error("unexpected route=%s method=%s", "accept", "-", exc_info=error)

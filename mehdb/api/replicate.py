@@ -14,6 +14,7 @@ from typing import Final
 
 from aiohttp import web
 
+from mehdb.api.access import require_valid
 from mehdb.api.answers import Answer, heard, json_answer, waiting
 from mehdb.api.node import NodeView
 from mehdb.api.requests import REVISION_MAX, Parameters, Target, no_parameters, revision_number, seconds
@@ -226,6 +227,7 @@ class ReplicationRoutes:
             came_at_s = monotonic()
             with waiting(request):
                 await heard(request, self._store.wait_beyond(after, wait_s))
+            require_valid(request)
             # Nothing is awaited between this moment and the look at the head: as of then, the answer is complete.
             waited = f"Mehdb-Waited: {floor(1000 * (monotonic() - came_at_s)) / 1000:.3f}\r\n"
             page = await heard(request, self._store.page_after(position)) if self._store.head > after else None

@@ -15,6 +15,7 @@ from mehdb.settings import base_url
 if TYPE_CHECKING:
     from mehdb.client.http import Client
     from mehdb.credentials import Credentials
+    from mehdb.peers import Peer
 
 URL: Final = "http://localhost:9876"
 
@@ -43,6 +44,25 @@ class Shown:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError(["--tls-cert, --tls-key: give both, or neither"])
         return Credentials(self.token_file, ca=self.tls_ca, cert=self.tls_cert, key=self.tls_key)
+
+
+@dataclass(frozen=True)
+class ShownToNode(Shown):
+    """What is shown to one node, which may be at an address: pods that are not ready have no name in DNS."""
+
+    tls_server_name: Annotated[
+        str | None,
+        typer.Option(
+            "--tls-server-name", help="The name that its certificate must be of, where --from has an address."
+        ),
+    ] = None
+
+    def peer(self, url: str) -> "Peer":
+        """Return a client to the node at *url*. Raises `SettingsError`."""
+        from mehdb.peers import Peer
+        from mehdb.route import Whereabouts
+
+        return Peer(url, self.credentials(), whereabouts=Whereabouts(url, certified_as=self.tls_server_name))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ TOKENS = {
 READ, WRITE, REPLICATE, ADMIN = "reader", "writer", "node", "operator"
 EVERYBODY = frozenset({*TOKENS, None, "wrong"})
 
+BATCH_OF_OTHERS = b'{"op":"set","key":"app/b","value":"v"}\n{"op":"delete","key":"o"}'
 # method, target, body, who is let in
 ROUTES = [
     ("GET", "/livez", b"", EVERYBODY),
@@ -48,7 +49,7 @@ ROUTES = [
     ("POST", "/get", b'["app/there","shared/x"]', {READ, ADMIN, "app"}),
     ("POST", "/get", b'["app/there","other"]', {READ, ADMIN}),
     ("POST", "/batch", b'{"op":"set","key":"app/b","value":"v"}', {WRITE, ADMIN, "app"}),
-    ("POST", "/batch", b'{"op":"set","key":"app/b","value":"v"}\n{"op":"delete","key":"o"}', {WRITE, ADMIN}),
+    ("POST", "/batch", BATCH_OF_OTHERS, {WRITE, ADMIN}),
     ("POST", "/batch", b'{"op":"check","key":"other","revision":0}', {WRITE, ADMIN}),
     ("GET", "/watch?wait=0&after=0&prefix=app/", b"", {READ, ADMIN, "app"}),
     ("GET", "/watch?wait=0&after=0", b"", {READ, ADMIN}),
@@ -166,7 +167,7 @@ def test_what_is_passed_on_has_the_rights_of_who_sent_it(pair: Cluster, tokens: 
     headers = tokens.headers("app")
     assert ask(follower, "PUT", "/set/app/passed?forward=true", headers, b"v").status_code == 200
     assert ask(follower, "PUT", "/set/other?forward=true", headers, b"v").status_code == 403
-    assert ask(follower, "POST", "/batch?forward=true", headers, ROUTES[25][2]).status_code == 403, (
+    assert ask(follower, "POST", "/batch?forward=true", headers, BATCH_OF_OTHERS).status_code == 403, (
         "found by the leader"
     )
     assert ask(follower, "PUT", "/set/app/passed?forward=true", tokens.headers("node"), b"v").status_code == 403
@@ -192,19 +193,29 @@ def test_a_token_that_is_taken_back_is_of_no_use_soon(cluster: Cluster, tokens: 
     assert ask(node, "GET", "/keys", {"Authorization": f"Bearer {late}"}).is_success
 
 
-@pytest.mark.parametrize("target", ["/watch?wait=30&prefix=app/", "/get/app/k?min_revision={next}&wait=30"])
+@pytest.mark.parametrize(
+    ("name", "target", "place"),
+    [
+        ("app", "/watch?wait=30&prefix=app/", "Watch.wait"),
+        ("app", "/get/app/k?min_revision={next}&wait=30", "Reads._reach"),
+        ("node", "/replicate?after={head}&history={history}&chain={chain}&wait=30", "ReplicationRoutes.replicate"),
+    ],
+)
 def test_what_waits_gets_nothing_that_came_after_its_token_was_taken_back(
-    cluster: Cluster, tokens: Tokens, tmp_path: Path, target: str
+    cluster: Cluster, tokens: Tokens, tmp_path: Path, name: str, target: str, place: str
 ) -> None:
     own = Tokens(tmp_path / "tokens", dict(tokens.given))
     shutil.copy(tokens.path, own.path)
     node = guarded(cluster, own, 1).leader
     node.put("app/k", b"before")
-    target = target.format(next=node.status().revision + 1)
+    at = node.position()
+    head = at["revision"]
+    target = target.format(next=head + 1, head=head, history=at["history"], chain=at["chain"])
     with ThreadPoolExecutor() as pool:
-        waits = pool.submit(ask, node, "GET", target, tokens.headers("app"))
-        own.take_back("app")
-        eventually(lambda: ask(node, "GET", "/get/app/k", tokens.headers("app")).status_code == 401, "it to be gone")
+        waits = pool.submit(ask, node, "GET", target, tokens.headers(name))
+        eventually(lambda: place in node.get("/debug/tasks").text, "it to wait")
+        own.take_back(name)
+        eventually(lambda: ask(node, "GET", "/metrics", tokens.headers(name)).status_code == 401, "it to be gone")
         assert not waits.done(), "it waits for what comes now"
         node.put("app/k", b"after")
         assert waits.result(DEADLINE_S).json()["error"] == "unauthorized"
@@ -248,7 +259,8 @@ def test_denied_and_administrative_requests_are_written_down(cluster: Cluster, t
     )
     assert unknown.startswith("denied token=- ")
     assert snapshot == (
-        f"administrative token=operator from={ADDRESS} certificate=- via=- method=GET route=/snapshot target=/snapshot"
+        f"administrative token=operator from={ADDRESS} certificate=- via=- method=GET route=/snapshot target=/snapshot "
+        "suppressed=0"
     )
     assert not any(token in node.log for token in tokens.given.values())
     assert "secret-value" not in node.log
