@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from mehdb.credentials import ANONYMOUS
 from mehdb.errors import PeerUnreachable
 from mehdb.model import Epoch
 from mehdb.names import NameAbsent
@@ -55,7 +56,7 @@ async def ask(
     them: Listed, urls: tuple[str, ...] = (), guests: tuple[str, ...] = (), *, refusing_is_silent: bool = True
 ) -> Peers:
     """Return what a leader called mehdb-0 that has seen epoch 5 learns of its peers."""
-    known = KnownPeers([them.url(address) for address in urls], them.neighbours, LEADER)
+    known = KnownPeers([them.url(address) for address in urls], ANONYMOUS, them.neighbours, LEADER)
     for address in guests:
         known.add_guest(them.url(address))
     try:
@@ -117,7 +118,7 @@ async def test_a_list_that_is_not_to_be_had_is_somebody_silent_and_one_that_does
 
 async def test_a_guest_that_is_listed_is_none_any_more() -> None:
     async with listed(a2=position("mehdb-1")) as them:
-        known = KnownPeers([], them.neighbours, LEADER)
+        known = KnownPeers([], ANONYMOUS, them.neighbours, LEADER)
         known.add_guest(them.url("127.0.0.2"))
         known.add_guest(them.url("127.0.0.9"))
         assert set((await known.ask(Epoch(5))).positions) == at(them, "127.0.0.2")

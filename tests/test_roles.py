@@ -122,7 +122,7 @@ def test_a_pod_finds_each_other_pod() -> None:
     ],
 )
 def test_all_pods_are_listed_in_the_namespace_of_their_names(environ: dict[str, str], name: str | None) -> None:
-    environ |= {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+    environ |= {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "MEHDB_OPEN": "yes"}
     settings = load({}, environ, find_host_name=lambda: "mehdb-1", find_fqdn=lambda host: f"{host}.{DOMAIN}")
     assert peers_service(settings) == name
 

@@ -13,6 +13,7 @@ from time import monotonic
 import apsw
 import pytest
 
+from cluster import DEADLINE_S
 from disk import DATABASE, WAL, Disk
 from mehdb.errors import DiskFull, KeyNotFound, MehdbError, StoreFailed
 from mehdb.model import Change, Epoch, History, Page, Revision
@@ -168,7 +169,7 @@ async def test_a_volume_short_of_room_lets_go_of_what_the_window_retains(writer:
     assert writer.meta.floor == 0
     room.free = 0
     assert await ends_in(writer, Write(b"new", b"v")) is DiskFull
-    await until(lambda: writer.meta.floor == 199, timeout_s=10 * SQUEEZE_HARD_AFTER_S)
+    await until(lambda: writer.meta.floor == 199, timeout_s=DEADLINE_S)
     assert writer.meta.head == 200
     room.free = 1 << 40
     assert await ends_in(writer, Write(b"new", b"v")) is None
