@@ -102,6 +102,13 @@ def _switch(text: str) -> bool:
     return text.lower() not in ("0", "false", "no", "off")
 
 
+def _yes_or_no(text: str) -> bool:
+    """Return whether *text* says yes: nothing lets anybody in by a slip. Raises `ValueError`."""
+    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise ValueError("must be yes or no")
+    return _switch(text)
+
+
 def _choice(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text.lower() not in choices:
@@ -140,7 +147,7 @@ class Settings:
     token_file: Path | None = _setting(
         "MEHDB_TOKEN_FILE", Path, None, "The token that this node shows to the others (right: replicate).", "none"
     )  # fmt: skip
-    open: bool = _setting("MEHDB_OPEN", _switch, None, "Let everybody do everything, without a token.", "off")
+    open: bool = _setting("MEHDB_OPEN", _yes_or_no, None, "Let everybody do everything, without a token.", "off")
     tls_cert: Path | None = _setting(
         "MEHDB_TLS_CERT", Path, None,
         "This node's certificate, with those between it and its authority: PEM. It then talks TLS alone.", "none",
@@ -150,7 +157,7 @@ class Settings:
         "MEHDB_TLS_CA", Path, None, "The authorities that other nodes' certificates are of: PEM.", "the system's"
     )  # fmt: skip
     tls_verify_clients: bool = _setting(
-        "MEHDB_TLS_VERIFY_CLIENTS", _switch, None, "Talk only to clients with a certificate of --tls-ca.", "off"
+        "MEHDB_TLS_VERIFY_CLIENTS", _yes_or_no, None, "Talk only to clients with a certificate of --tls-ca.", "off"
     )
     data_dir: Path = _setting("MEHDB_DATADIR", Path, "data", "The directory that holds the store: this node's volume.")
     peers: tuple[str, ...] = _setting(
@@ -288,7 +295,7 @@ def flag(name: str) -> str:
 
 def is_switch(setting: Field[Any]) -> bool:
     """Return whether *setting* is on or off: its flag takes no value."""
-    return setting.metadata["parse"] is _switch
+    return setting.metadata["parse"] in (_switch, _yes_or_no)
 
 
 def load(
@@ -385,6 +392,8 @@ def _access_problems(settings: Settings) -> list[str]:
         problems.append("--open: contradicts --tokens-file and --tls-verify-clients: leave it out")
     if (settings.tls_cert is None) != (settings.tls_key is None):
         problems.append("--tls-cert, --tls-key: give both, or neither")
+    if settings.tls_cert and any(url.startswith("http:") for url in settings.peers):
+        problems.append("--peers: with --tls-cert nodes talk TLS: each must begin with https://")
     if settings.tls_verify_clients and not (settings.tls_cert and settings.tls_ca):
         problems.append("--tls-verify-clients: needs --tls-cert, --tls-key and --tls-ca")
     if settings.health_port == settings.port:

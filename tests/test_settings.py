@@ -321,6 +321,8 @@ def test_no_other_address_is_loopback(address: str) -> None:
         ({"open": "yes", "tokens_file": "t"}, "--open: contradicts"),
         ({"open": "yes", "tls_verify_clients": "yes"} | TLS, "--open: contradicts"),
         ({"tokens_file": "t", "host": "mehdb-1", "peers": "http://a"}, "--token-file: missing"),
+        ({"peers": "https://a,http://b"} | TLS, "--peers: with --tls-cert"),
+        ({"open": "maybe"}, "--open: 'maybe' must be yes or no"),
         ({"health_port": "9876"}, "--health-port: 9876 is --port already"),
     ],
 )
