@@ -128,7 +128,8 @@ def version(
 ) -> None:
     """Print the version."""
     if not in_json:
-        _print_version(wanted=True)
+        typer.echo(f"mehdb {__version__}")
+        return
     import platform
 
     import msgspec

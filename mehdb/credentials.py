@@ -175,5 +175,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For clients of plain HTTP, which want one: trusts nobody, as reading the system's authorities takes long."""
 ANONYMOUS: Final = Credentials()
 """Shows nothing."""

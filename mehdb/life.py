@@ -87,14 +87,14 @@ class Life:
             with contextlib.suppress(Damaged, DiskFull):
                 await self._store.start()
             await stack.enter_async_context(self._controlled())
-            await stack.enter_async_context(self._served(listener, health_listener))
+            ports = await stack.enter_async_context(self._served(listener, health_listener))
             log.info(
                 "started node=%s role=%s version=%s listen=%s port=%d data_dir=%s revision=%d leader=%s",
                 self._node.name, self._node.role, __version__, settings.listen, settings.port, settings.data_dir,
                 self._store.head, self._leadership.leader_url or "self",
             )  # fmt: skip
             self._tell_who_is_let_in()
-            await self._supervise()
+            await self._supervise(ports.endless)
             log.info("stopping node=%s queue_bytes=%d", self._node.name, self._store.queue_bytes)
             self._node.stopped = True
         log.info("stopped node=%s revision=%d", self._node.name, self._store.head)
@@ -106,8 +106,11 @@ class Life:
     def _be_told_to_stop(self) -> None:
         (self._hurry if self._stop.is_set() else self._stop).set()
 
-    async def _supervise(self) -> None:
-        """Return when the node has stopped and left. Raises what a part of it ended with: none may end by itself."""
+    async def _supervise(self, others: list[asyncio.Task[None]]) -> None:
+        """Return when the node has stopped and left. Raises what a part of it ended with: none may end by itself.
+
+        Nor may *others*, which somebody else ends.
+        """
         leaving = asyncio.create_task(self._leave(), name="leave")
         endless = [
             asyncio.create_task(self._watch(), name="watch"),
@@ -117,11 +120,11 @@ class Life:
         if self._node.role is Role.LEADER:
             endless.append(asyncio.create_task(expire(self._store, self._node.writing_of_its_own), name="expiry"))
         try:
-            parts: list[asyncio.Future[Any]] = [leaving, *endless, self._store.failure]
+            parts: list[asyncio.Future[Any]] = [leaving, *endless, *others, self._store.failure]
             await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             if leaving.done():
                 leaving.result()
-            for task in endless:
+            for task in (*endless, *others):
                 if task.done() and not self._store.failure.done():
                     task.result()
                     raise MehdbError(f"the {task.get_name()} ended by itself: this is a bug")
@@ -276,14 +279,14 @@ class Life:
             yield
 
     @contextlib.asynccontextmanager
-    async def _served(self, listener: socket.socket, health_listener: socket.socket | None) -> AsyncIterator[None]:
+    async def _served(self, listener: socket.socket, health_listener: socket.socket | None) -> AsyncIterator[Ports]:
         """Answer requests while the block runs; at its end finish those under way, within `stop_timeout`."""
         node = self._node
         metrics = Metrics(node.status, self._store.figures)
         ports = Ports(node, self._store, self._settings, node.followers, metrics, self._tokens, self._credentials)
         try:
             await ports.open(listener, health_listener)
-            yield
+            yield ports
         finally:
             self._store.stop_waiting()
             await self._unless_hurried(ports.finish())

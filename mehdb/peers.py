@@ -22,7 +22,7 @@ from typing import Final, NamedTuple, Self
 import aiofiles
 import httpx
 
-from mehdb.credentials import ANONYMOUS, Credentials
+from mehdb.credentials import ANONYMOUS, NO_TLS, Credentials
 from mehdb.errors import (
     Compacted,
     DiskFull,
@@ -59,7 +59,6 @@ CONNECT_TIMEOUT_S: Final = 2.0  # a dead address answers nothing: one retry of t
 ANSWER_TIMEOUT_S: Final = 2.5  # between two chunks of an answer: whoever works on one says so each second (102)
 PAGE_TIMEOUT_S: Final = 60.0  # for a whole page of the largest size, beyond that: 1 MiB/s
 RELAY_RATE_MIN: Final = 1 << 20  # bytes per second, for a body that is passed on
-NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody: reading the system's authorities takes long
 CLIENTS_MAX: Final = 2  # certificates are changed hours apart: what was asked with the last but one is over
 HEADERS: Final = {"Mehdb-Heartbeat": "yes"}
 REPR_DIGEST: Final = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")  # RFC 9530

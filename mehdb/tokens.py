@@ -154,7 +154,9 @@ def _granted(name: str, digest: bytes, rights_text: str, prefixes: Iterable[str]
     if not NAME.fullmatch(name):
         raise ValueError("the name must be 1 to 63 letters, digits, '.', '_' or '-'")
     if keys and rights & WHOLE:
-        raise ValueError(f"{' and '.join(sorted(rights & WHOLE))} are for all keys: leave the prefixes out")
+        raise ValueError(f"{min(rights & WHOLE)} is for all keys: leave the prefixes out")
+    if keys and not rights:
+        raise ValueError(f"{NO_RIGHTS} is for no keys: leave the prefixes out")
     return Grant(name, digest, rights, keys)
 
 

@@ -36,13 +36,15 @@ class Gate:
         self._tokens = tokens
         self._audit = audit
 
+    def looks_at(self, route: str, need: Need) -> bool:
+        """Return whether requests to *route*, which needs *need*, have to be admitted: not where anybody may ask."""
+        return need is not Anyone.PROBE and (self._tokens is not None or _is_administrative(route, need))
+
     def admit(self, request: web.BaseRequest, route: str, need: Need, rest: str = "") -> None:
         """Return if *request* may have what *need* is for. *rest* is what stands behind the route: a key, or nothing.
 
         Raises `Unauthorized`, `Forbidden`, and `BadKey`.
         """
-        if need is Anyone.PROBE:
-            return
         grant = None
         if self._tokens is not None:
             grant = self._bearer(request, self._tokens, need)
@@ -54,7 +56,7 @@ class Gate:
                 )  # fmt: skip
             if isinstance(need, Right) and grant.prefixes and route.endswith("/"):
                 require(request, need, decode_key(rest))
-        if need is Right.ADMIN or route == SNAPSHOT:
+        if _is_administrative(route, need):
             self._audit.administrative(request, route, grant)
 
     def denied(self, request: web.BaseRequest, route: str, error: MehdbError) -> None:
@@ -83,7 +85,9 @@ class Gate:
         return grant
 
 
-SNAPSHOT: Final = "/snapshot"  # the whole store goes out: whoever asked is written down
+def _is_administrative(route: str, need: Need) -> bool:
+    """Return whether who asks is written down: for what operators do, and where the whole store goes out."""
+    return need is Right.ADMIN or route == "/snapshot"
 
 
 def require_valid(request: web.BaseRequest) -> None:

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from aiohttp import web
 
 from mehdb import __version__
-from mehdb.api.access import Gate, Need
+from mehdb.api.access import Gate
 from mehdb.api.answers import JOIN_BYTES_MAX, WAITED_S, Answer, Sending, StreamedAnswer, error_answer
 from mehdb.api.consistency import AS_OF
 from mehdb.api.node import NodeView
@@ -36,6 +36,7 @@ class Api:
     ) -> None:
         self._routes = routes
         self._gate = gate
+        self._guarded = frozenset(route for route, one in routes.items() if gate.looks_at(route, one.needs))
         self._sending = sending
         self._node = node
         self._store = store
@@ -47,14 +48,16 @@ class Api:
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer *request*. Never raises but for a client that has gone."""
         begun_s = perf_counter()
-        route, method, query = UNKNOWN, request.method, ""
+        route, method, known, query = UNKNOWN, request.method, UNKNOWN, ""
         as_of_s = self._as_of_s()  # before anything is read: what the answer shows is no older
         try:
             where = target(request.raw_path)
             query = where.query
             route, rest = self._route(where.path)
-            handler, needs = self._handler(route, method)
-            self._gate.admit(request, route, needs, rest)
+            handler = self._handler(route, method)
+            known = method
+            if route in self._guarded:
+                self._gate.admit(request, route, self._routes[route].needs, rest)
             answer = await handler(request, where, rest)
             if isinstance(answer, Answer) and len(answer.content) > JOIN_BYTES_MAX:
                 self._sending.require(len(answer.content))
@@ -68,10 +71,9 @@ class Api:
             answer = error_answer(
                 MehdbError("an unexpected error, see the node's log: whether it was written is unknown")
             )
-        known = route in self._routes and method in self._routes[route].handlers
         # The head of the answer is all that is measured: how fast a client reads says nothing about this node.
         duration_s = perf_counter() - begun_s - (request.get(WAITED_S, 0.0) if query else 0.0)
-        self._metrics.count_request(route, method if known else UNKNOWN, answer.status, duration_s)
+        self._metrics.count_request(route, known, answer.status, duration_s)
         if isinstance(answer, Answer):
             if query:  # or it was not read before something was waited for
                 as_of_s = request.get(AS_OF, as_of_s)
@@ -98,10 +100,10 @@ class Api:
             return path, ""
         raise RouteNotFound(f"no such route: there are {', '.join(self._routes)}")
 
-    def _handler(self, route: str, method: str) -> tuple[Handler, Need]:
-        needs, handlers = self._routes[route]
+    def _handler(self, route: str, method: str) -> Handler:
+        handlers = self._routes[route].handlers
         try:
-            return handlers[method], needs
+            return handlers[method]
         except KeyError:
             allowed = ", ".join(handlers)
             raise MethodNotAllowed(f"{route} takes {allowed}: nothing was changed", allowed) from None

@@ -87,7 +87,8 @@ class TlsSite(web.BaseSite):
         self._listener = listener
         self._credentials = credentials
         self._on_refused = on_refused
-        self._accepting: asyncio.Task[None] | None = None
+        self.accepting: asyncio.Task[None] | None = None
+        """Accepts connections, without end: whoever supervises the node looks at it."""
         self._shaking: dict[asyncio.Task[None], None] = {}  # in the order in which they began
 
     @property
@@ -99,13 +100,13 @@ class TlsSite(web.BaseSite):
         """Begin to accept connections."""
         await super().start()
         self._listener.setblocking(False)
-        self._accepting = asyncio.create_task(self._accept(), name="accept")
+        self.accepting = asyncio.create_task(self._accept(), name="accept")
 
     async def stop(self) -> None:
         """Accept no more."""
-        if self._accepting is not None:
-            self._accepting.cancel()
-            await asyncio.wait([self._accepting])
+        if self.accepting is not None:
+            self.accepting.cancel()
+            await asyncio.wait([self.accepting])
         self._listener.close()
         if self._shaking:  # what they ask is still answered
             await asyncio.wait(self._shaking, timeout=STOP_S)

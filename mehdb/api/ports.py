@@ -1,5 +1,6 @@
 """What a node listens with: its port, and a second one for probes alone where that is wanted."""
 
+import asyncio
 import logging
 import socket
 from typing import Final
@@ -51,6 +52,8 @@ class Ports:
         self._server = self._server_of(api, settings.max_connections)
         # aiohttp waits this long twice: for the requests under way, and for those that it then cancels.
         self._runner = web.ServerRunner(self._server, shutdown_timeout=settings.stop_timeout / 2)
+        self.endless: list[asyncio.Task[None]] = []
+        """What must not end by itself while it answers."""
         self._probes_runner = web.ServerRunner(self._server_of(probes, PROBES_AT_ONCE), shutdown_timeout=PROBES_STOP_S)
 
     async def open(self, listener: socket.socket, health_listener: socket.socket | None) -> None:
@@ -59,7 +62,9 @@ class Ports:
         if self._credentials.server is None:
             await web.SockSite(self._runner, listener).start()
         else:
-            await TlsSite(self._runner, self._server, listener, self._credentials, self._on_refused).start()
+            site = TlsSite(self._runner, self._server, listener, self._credentials, self._on_refused)
+            await site.start()
+            self.endless += [site.accepting] if site.accepting else []
         if health_listener is not None:
             await self._probes_runner.setup()
             await web.SockSite(self._probes_runner, health_listener).start()

@@ -21,8 +21,15 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from mehdb.credentials import ANONYMOUS, Credentials
-from mehdb.errors import OutcomeUnknown, PeerAnswerInvalid, PeerRefused, PeerUnreachable, SettingsError
+from mehdb.credentials import ANONYMOUS, NO_TLS, Credentials
+from mehdb.errors import (
+    OutcomeUnknown,
+    PeerAnswerInvalid,
+    PeerRefused,
+    PeerUnreachable,
+    RouteNotFound,
+    SettingsError,
+)
 from mehdb.model import PAGE_BYTES_MAX, error_message
 
 HOPS_MAX: Final = 4  # one leads to the leader; a second, if that moves meanwhile; more are a circle
@@ -79,6 +86,8 @@ class Answer:
         except (msgspec.DecodeError, UnicodeDecodeError):
             refusal = {}
         message = " ".join(error_message(self.body)[:500].split()) or f"{self.url} answered {self.status}"
+        if self.status == 401:
+            message += " (here: --token-file names a file with the token)"
         return PeerRefused(message, self.status, refusal)
 
 
@@ -203,6 +212,8 @@ class Client:
             whole = self._whole(answer, url, deadline_s)
         if whole.status == 504 and whole.refused().refusal.get("error") == OutcomeUnknown.code:
             raise _Lost(str(whole.refused()), sent=True)
+        if whole.status == RouteNotFound.status and whole.refused().refusal.get("error") == RouteNotFound.code:
+            raise PeerAnswerInvalid(f"{url} is a node's health port, or of another version: see to --url")
         return whole
 
     @contextlib.contextmanager
@@ -262,7 +273,7 @@ class Client:
         """Return one client for each scheme: reading the authorities' certificates takes longer than a request."""
         with self._making:
             if scheme not in self._clients:
-                tls = self._credentials.client if scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                tls = self._credentials.client if scheme == "https" else NO_TLS
                 self._clients[scheme] = self._stack.enter_context(httpx.Client(verify=tls, trust_env=False))
             return self._clients[scheme]
 
@@ -316,7 +327,21 @@ def _losses(url: str) -> Iterator[None]:
     except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
         raise PeerAnswerInvalid(f"{url}: {_reason(error)}") from error
     except (httpx.HTTPError, OSError) as error:
+        if _is_of_tls(error):  # no second attempt makes that better
+            raise PeerAnswerInvalid(
+                f"{url}: {_reason(error)}: see to --url, which is http:// where nodes talk no TLS; to --tls-ca, which "
+                "names who signed their certificates; to --tls-cert and --tls-key"
+            ) from error
         raise _Lost(f"{url}: {_reason(error)}", sent=not isinstance(error, NOT_SENT)) from error
+
+
+def _is_of_tls(error: BaseException | None) -> bool:
+    """Return whether *error* comes from a handshake that failed: nothing was sent."""
+    if not isinstance(error, NOT_SENT):
+        return False
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _number(text: str) -> int:

@@ -258,6 +258,42 @@ def test_the_command_line_shows_its_certificate(cluster: Cluster, authority: Aut
     assert mehdb(node.url, "get", "k", *flags[:4]).code == 2, "a certificate needs its key"
 
 
+def test_the_command_line_says_at_once_which_flag_would_help(cluster: Cluster, authority: Authority) -> None:
+    """Not after having tried again for --timeout."""
+    plain = cluster.start(1).leader
+    assert "--url" in mehdb(plain.url.replace("http", "https"), "get", "k", "--timeout", 3600).failed()
+    tls = encrypted(cluster, authority, authority.issue("node"))
+    node = cluster.add(**tls, MEHDB_HOST="mehdb-0", MEHDB_PEERS="").start()
+    assert "--tls-ca" in mehdb(node.url, "get", "k", "--timeout", 3600).failed()
+
+
+def test_the_command_line_takes_the_health_port_for_no_node_without_keys(cluster: Cluster) -> None:
+    port = free_port()
+    cluster.start(1, MEHDB_HEALTH_PORT=str(port))
+    assert "health port" in mehdb(f"http://{ADDRESS}:{port}", "get", "k").failed()
+
+
+def test_the_command_line_follows_nobody_to_where_others_can_read(cluster: Cluster, authority: Authority) -> None:
+    tls = encrypted(cluster, authority, authority.issue("node"))
+    cluster.start(1, **tls)
+    follower = cluster.add(**tls, MEHDB_ADVERTISE_URL=f"http://{ADDRESS}:{free_port()}").start()
+    said = mehdb(follower.url, "set", "k", "v", "--tls-ca", authority.ca).failed()
+    assert "which is not encrypted" in said
+
+
+def test_adopt_knows_a_node_at_an_address_by_its_name(cluster: Cluster, authority: Authority, tmp_path: Path) -> None:
+    certificate = authority.issue("node", "mehdb-1.mehdb.shop.svc.cluster.local")
+    tls = encrypted(cluster, authority, certificate)
+    cluster.client.close()
+    cluster.client = authority.client(any_name=True)
+    node = cluster.start(1, **tls).leader
+    node.put("k", b"v")
+    adopt = ("adopt", "--from", node.url, "--data-dir", tmp_path / "new", "--yes", "--tls-ca", authority.ca)
+    assert "certificate verify failed" in mehdb("", *adopt).failed().lower()
+    done = mehdb("", *adopt, "--tls-server-name", "mehdb-1.mehdb.shop.svc.cluster.local")
+    assert (done.code, b"took 1 keys" in done.out) == (0, True), done
+
+
 @pytest.mark.parametrize("wrong", ["cert", "key", "ca"])
 def test_what_cannot_be_read_is_told_before_anything_is_opened(
     cluster: Cluster, authority: Authority, tmp_path: Path, wrong: str
