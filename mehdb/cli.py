@@ -13,8 +13,9 @@ from mehdb.client.commands import register
 from mehdb.client.flags import ShownToNode, with_flags
 from mehdb.errors import MehdbError, Refused, SettingsError
 from mehdb.model import NodeStatus, Role, State
+from mehdb.parsing import base_url
 from mehdb.progress import progress_bar
-from mehdb.settings import SETTINGS, base_url, flag, is_switch, load
+from mehdb.settings import SETTINGS, flag, is_switch, load
 
 T = TypeVar("T")
 

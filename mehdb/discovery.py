@@ -16,7 +16,7 @@ from mehdb.errors import PeerError
 from mehdb.model import NodePosition, Role
 from mehdb.names import NAMES, NameAbsent, Names, NameUnknown
 from mehdb.peers import Peer
-from mehdb.route import Whereabouts
+from mehdb.whereabouts import Whereabouts
 
 LISTED_MAX: Final = 128  # more addresses are no StatefulSet of ours
 SEARCH_TIMEOUT_S: Final = 3.0  # for all addresses at once: some may be stale, and answer nothing

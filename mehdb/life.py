@@ -25,10 +25,10 @@ from mehdb.peers import Peer
 from mehdb.recovery import Leader
 from mehdb.replication import Follower
 from mehdb.roles import address_url, assign, peer_urls, peers_service, pod_name, pod_url
-from mehdb.route import Whereabouts
 from mehdb.settings import Settings
 from mehdb.store import Store, StoreOptions
 from mehdb.tokens import Tokens
+from mehdb.whereabouts import Whereabouts
 
 log = logging.getLogger("mehdb.life")
 

@@ -20,9 +20,9 @@ from mehdb.model import DrainReport, Epoch, NodeStatus, Position, Role, State
 from mehdb.recovery import Leader
 from mehdb.replication import Follower
 from mehdb.roles import Leadership, address_url
-from mehdb.route import Whereabouts
 from mehdb.settings import Settings
 from mehdb.store import Store
+from mehdb.whereabouts import Whereabouts
 
 log = logging.getLogger("mehdb.node")
 

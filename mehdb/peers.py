@@ -53,7 +53,7 @@ from mehdb.model import (
     is_history,
 )
 from mehdb.names import NameAbsent, NameUnknown, is_address
-from mehdb.route import Route, Whereabouts
+from mehdb.whereabouts import Transport, Whereabouts
 
 CONNECT_TIMEOUT_S: Final = 2.0  # a dead address answers nothing: one retry of the kernel's SYN
 ANSWER_TIMEOUT_S: Final = 2.5  # between two chunks of an answer: whoever works on one says so each second (102)
@@ -162,8 +162,10 @@ class Peer:
             keepalive_expiry=30,
         )
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        route = Route(self.whereabouts, context, limits)
-        return httpx.AsyncClient(base_url=self.url, headers=HEADERS, timeout=timeout, trust_env=False, transport=route)
+        transport = Transport(self.whereabouts, context, limits)
+        return httpx.AsyncClient(
+            base_url=self.url, headers=HEADERS, timeout=timeout, trust_env=False, transport=transport
+        )
 
     async def __aenter__(self) -> Self:
         return self

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
+from mehdb import parsing
 from mehdb.errors import SettingsError
 from mehdb.model import PAGE_BYTES, VALUE_BYTES_LIMIT
 
@@ -22,100 +22,12 @@ ORDINAL = re.compile(r"(?P<name>.+)-(?P<ordinal>0|[1-9][0-9]{0,8})")  # the host
 LOCAL_LEADER_URL: Final = "http://localhost:9999"  # where the Go mehdb looked for the leader under MEHDB_LOCAL
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-SIZE_UNITS: Final = {"": 1, "b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9} | {
-    "ki": 1 << 10, "kib": 1 << 10, "mi": 1 << 20, "mib": 1 << 20, "gi": 1 << 30, "gib": 1 << 30
-}  # fmt: skip
 ACKS_MAX: Final = 100  # as many followers as a leader lists
 WAIT_S_MAX: Final = 60.0  # proxies and clients give up on a silent connection at about this age
 EVERYWHERE: Final = "0.0.0.0"  # noqa: S104  a pod's port is its API
 LOOPBACK: Final = "127.0.0.1"
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("text", "json")
-
-
-def _text(pattern: re.Pattern[str], what: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if not pattern.fullmatch(text):
-            raise ValueError(f"is no {what}")
-        return text
-
-    return parse
-
-
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from *least* to *most*."""
-
-    def parse(text: str) -> int:
-        if not (re.fullmatch("[0-9]{1,20}", text) and least <= int(text) <= most):
-            raise ValueError(f"must be a whole number from {least} to {most}")
-        return int(text)
-
-    return parse
-
-
-def _seconds(least: float, most: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text.removesuffix("s"))
-        except ValueError:
-            value = -1
-        if not least <= value <= most:
-            raise ValueError(f"must be a number of seconds from {least:g} to {most:g}")
-        return value
-
-    return parse
-
-
-def _size(least: int, most: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        match = re.fullmatch(r"([0-9]{1,15}) ?([A-Za-z]{0,3})", text)
-        unit = SIZE_UNITS.get(match[2].lower()) if match else None
-        if match is None or unit is None or not least <= int(match[1]) * unit <= most:
-            raise ValueError(f"must be a size from {least} to {most} bytes, such as 1048576, 512KiB or 8MiB")
-        return int(match[1]) * unit
-
-    return parse
-
-
-def base_url(text: str) -> str:
-    """Return the base URL that *text* is, without a slash at its end. Raises `ValueError`."""
-    parts = urlsplit(text)
-    try:
-        fine = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is no number
-        fine = False
-    if not fine or parts.path.strip("/") or re.search(r"[\s@?#]", text):
-        raise ValueError(f"{text!r} must be a base URL such as http://mehdb-0.example:9876")
-    return text.rstrip("/")
-
-
-def _base_urls(text: str) -> tuple[str, ...]:
-    return tuple(base_url(url.strip()) for url in text.split(","))
-
-
-def _advertise_url(text: str) -> str:
-    base_url(text.replace("{ordinal}", "0"))
-    return text.rstrip("/")
-
-
-def _switch(text: str) -> bool:
-    return text.lower() not in ("0", "false", "no", "off")
-
-
-def _yes_or_no(text: str) -> bool:
-    """Return whether *text* says yes: nothing lets anybody in by a slip. Raises `ValueError`."""
-    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
-        raise ValueError("must be yes or no")
-    return _switch(text)
-
-
-def _choice(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text.lower() not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        return text.lower()
-
-    return parse
 
 
 def _setting(variable: str, parse: Callable[[str], Any], default: str | None, help_: str, shown: str = "") -> Any:
@@ -128,16 +40,16 @@ class Settings:
     """What one node runs with. Times are in seconds, sizes in bytes."""
 
     host: str = _setting(
-        "MEHDB_HOST", _text(HOST_NAME, "host name"), None,
+        "MEHDB_HOST", parsing.matching(HOST_NAME, "host name"), None,
         "This node's name, NAME-ORDINAL: the ordinal decides the role.", "the host name",
     )  # fmt: skip
-    port: int = _setting("MEHDB_PORT", whole_number(1, 65535), "9876", "The TCP port of every node.")
+    port: int = _setting("MEHDB_PORT", parsing.whole_number(1, 65535), "9876", "The TCP port of every node.")
     listen: str = _setting(
-        "MEHDB_LISTEN", _text(re.compile(r"[0-9A-Za-z.:%-]+"), "address"), None,
+        "MEHDB_LISTEN", parsing.matching(re.compile(r"[0-9A-Za-z.:%-]+"), "address"), None,
         "The address to listen on.", f"{EVERYWHERE}; outside Kubernetes, where anyone may ask, {LOOPBACK}",
     )  # fmt: skip
     health_port: int | None = _setting(
-        "MEHDB_HEALTH_PORT", whole_number(1, 65535), None,
+        "MEHDB_HEALTH_PORT", parsing.whole_number(1, 65535), None,
         "A second TCP port, without TLS, that answers the probes alone: /livez, /readyz and /status.", "none",
     )  # fmt: skip
     tokens_file: Path | None = _setting(
@@ -147,7 +59,7 @@ class Settings:
     token_file: Path | None = _setting(
         "MEHDB_TOKEN_FILE", Path, None, "The token that this node shows to the others (right: replicate).", "none"
     )  # fmt: skip
-    open: bool = _setting("MEHDB_OPEN", _yes_or_no, None, "Let everybody do everything, without a token.", "off")
+    open: bool = _setting("MEHDB_OPEN", parsing.yes_or_no, None, "Let everybody do everything, without a token.", "off")
     tls_cert: Path | None = _setting(
         "MEHDB_TLS_CERT", Path, None,
         "This node's certificate, with those between it and its authority: PEM. It then talks TLS alone.", "none",
@@ -157,100 +69,114 @@ class Settings:
         "MEHDB_TLS_CA", Path, None, "The authorities that other nodes' certificates are of: PEM.", "the system's"
     )  # fmt: skip
     tls_verify_clients: bool = _setting(
-        "MEHDB_TLS_VERIFY_CLIENTS", _yes_or_no, None, "Talk only to clients with a certificate of --tls-ca.", "off"
+        "MEHDB_TLS_VERIFY_CLIENTS",
+        parsing.yes_or_no,
+        None,
+        "Talk only to clients with a certificate of --tls-ca.",
+        "off",
     )
     data_dir: Path = _setting("MEHDB_DATADIR", Path, "data", "The directory that holds the store: this node's volume.")
     peers: tuple[str, ...] = _setting(
-        "MEHDB_PEERS", _base_urls, None,
+        "MEHDB_PEERS", parsing.base_urls, None,
         "Outside Kubernetes: the base URLs of the nodes, by ordinal, with commas between.", "none",
     )  # fmt: skip
     namespace: str | None = _setting(
-        "MEHDB_NAMESPACE", _text(DNS_LABEL, "namespace"), None,
+        "MEHDB_NAMESPACE", parsing.matching(DNS_LABEL, "namespace"), None,
         "Inside Kubernetes: the namespace of the StatefulSet.", "from the pod's DNS name",
     )  # fmt: skip
     service: str | None = _setting(
-        "MEHDB_SERVICE", _text(DNS_LABEL, "Service name"), None,
+        "MEHDB_SERVICE", parsing.matching(DNS_LABEL, "Service name"), None,
         "Inside Kubernetes: the governing Service.", "from the pod's DNS name",
     )  # fmt: skip
     peers_service: str | None = _setting(
-        "MEHDB_PEERS_SERVICE", _text(DNS_LABEL, "Service name"), None,
+        "MEHDB_PEERS_SERVICE", parsing.matching(DNS_LABEL, "Service name"), None,
         "Inside Kubernetes: the headless Service that lists all pods, ready or not (publishNotReadyAddresses).",
         "the governing Service's name with -peers",
     )  # fmt: skip
     local: bool = _setting(
-        "MEHDB_LOCAL", _switch, None, f"Follow a leader at {LOCAL_LEADER_URL}, as the Go mehdb did.", "off"
+        "MEHDB_LOCAL", parsing.switch, None, f"Follow a leader at {LOCAL_LEADER_URL}, as the Go mehdb did.", "off"
     )
     leader_ordinal: int = _setting(
-        "MEHDB_LEADER_ORDINAL", whole_number(0, 999_999_999), "0", "The ordinal that leads (`.spec.ordinals.start`)."
+        "MEHDB_LEADER_ORDINAL",
+        parsing.whole_number(0, 999_999_999),
+        "0",
+        "The ordinal that leads (`.spec.ordinals.start`).",
     )
     advertise_url: str | None = _setting(
-        "MEHDB_ADVERTISE_URL", _advertise_url, None,
+        "MEHDB_ADVERTISE_URL", parsing.advertise_url, None,
         "The base URL in redirects, for clients elsewhere; {ordinal} stands for the leader's.", "as nodes see it",
     )  # fmt: skip
-    max_value: int = _setting("MEHDB_MAX_VALUE", _size(1, VALUE_BYTES_LIMIT), "8MiB", "The largest value taken.")
+    max_value: int = _setting(
+        "MEHDB_MAX_VALUE", parsing.size_between(1, VALUE_BYTES_LIMIT), "8MiB", "The largest value taken."
+    )
     queue_size: int = _setting(
-        "MEHDB_QUEUE_SIZE", _size(PAGE_BYTES, 1 << 34), "64MiB",
+        "MEHDB_QUEUE_SIZE", parsing.size_between(PAGE_BYTES, 1 << 34), "64MiB",
         "How many bytes may arrive at once, wait to be written, or be on their way out, each before a 503.",
     )  # fmt: skip
     body_timeout: float = _setting(
         "MEHDB_BODY_TIMEOUT",
-        _seconds(0.1, 3600),
+        parsing.seconds_between(0.1, 3600),
         "30",
         "How long a client may stall, sending a body or reading an answer.",
     )
     keepalive_timeout: float = _setting(
-        "MEHDB_KEEPALIVE_TIMEOUT", _seconds(1, 3600), "75", "How long an idle connection is kept open."
+        "MEHDB_KEEPALIVE_TIMEOUT", parsing.seconds_between(1, 3600), "75", "How long an idle connection is kept open."
     )
     header_timeout: float = _setting(
-        "MEHDB_HEADER_TIMEOUT", _seconds(0.1, 3600), "10", "How long a request's head may take, before a 408."
+        "MEHDB_HEADER_TIMEOUT",
+        parsing.seconds_between(0.1, 3600),
+        "10",
+        "How long a request's head may take, before a 408.",
     )
     max_connections: int = _setting(
-        "MEHDB_MAX_CONNECTIONS", whole_number(16, 1_000_000), "4096",
+        "MEHDB_MAX_CONNECTIONS", parsing.whole_number(16, 1_000_000), "4096",
         "How many connections there may be; one more takes the place of the longest idle.",
     )  # fmt: skip
     stop_timeout: float = _setting(
-        "MEHDB_STOP_TIMEOUT", _seconds(0.1, 3600), "10",
+        "MEHDB_STOP_TIMEOUT", parsing.seconds_between(0.1, 3600), "10",
         "How long a stop waits for requests under way; set the pod's grace period well above it.",
     )  # fmt: skip
     drain_timeout: float = _setting(
-        "MEHDB_DRAIN_TIMEOUT", _seconds(0, 3600), "10",
+        "MEHDB_DRAIN_TIMEOUT", parsing.seconds_between(0, 3600), "10",
         "How long a stop waits for writes under way, and for connected followers to hold them.",
     )  # fmt: skip
     lame_duck: float = _setting(
-        "MEHDB_LAME_DUCK", _seconds(0, 3600), "2",
+        "MEHDB_LAME_DUCK", parsing.seconds_between(0, 3600), "2",
         "How long a node that stops goes on answering, unready, until clients have been told.",
     )  # fmt: skip
     grace_period: float = _setting(
-        "MEHDB_GRACE_PERIOD", _seconds(0.1, 86400), "30",
+        "MEHDB_GRACE_PERIOD", parsing.seconds_between(0.1, 86400), "30",
         "What preStop leaves of the pod's terminationGracePeriodSeconds: the three times above must fit into it.",
     )  # fmt: skip
     disk_reserve: int = _setting(
-        "MEHDB_DISK_RESERVE", _size(0, 1 << 40), "64MiB",
+        "MEHDB_DISK_RESERVE", parsing.size_between(0, 1 << 40), "64MiB",
         "How much of the volume is kept free: below it, sets get 507. At most an eighth of the volume.",
     )  # fmt: skip
     retain_changes: int = _setting(
-        "MEHDB_RETAIN_CHANGES", whole_number(1, 10**12), "100000",
+        "MEHDB_RETAIN_CHANGES", parsing.whole_number(1, 10**12), "100000",
         "How many of the newest changes are kept for followers to catch up with, superseded or not.",
     )  # fmt: skip
     snapshot_lag: int = _setting(
-        "MEHDB_SNAPSHOT_LAG", whole_number(1, 10**12), "100000",
+        "MEHDB_SNAPSHOT_LAG", parsing.whole_number(1, 10**12), "100000",
         "How many changes a follower may be behind before it is sent for a snapshot.",
     )  # fmt: skip
     acks: int = _setting(
-        "MEHDB_ACKS", whole_number(0, ACKS_MAX), "0",
+        "MEHDB_ACKS", parsing.whole_number(0, ACKS_MAX), "0",
         "How many followers must hold a write before it is answered, where it does not say (acks=).",
     )  # fmt: skip
     acks_timeout: float = _setting(
-        "MEHDB_ACKS_TIMEOUT", _seconds(0, WAIT_S_MAX), "5",
+        "MEHDB_ACKS_TIMEOUT", parsing.seconds_between(0, WAIT_S_MAX), "5",
         "How long a write waits for them, where it does not say (wait=).",
     )  # fmt: skip
     forward_writes: bool = _setting(
-        "MEHDB_FORWARD_WRITES", _switch, None,
+        "MEHDB_FORWARD_WRITES", parsing.switch, None,
         "Have this node pass writes on to the leader, in place of a redirect.", "off",
     )  # fmt: skip
-    log_level: str = _setting("MEHDB_LOG_LEVEL", _choice(*LOG_LEVELS), "info", f"One of {', '.join(LOG_LEVELS)}.")
+    log_level: str = _setting(
+        "MEHDB_LOG_LEVEL", parsing.choice(*LOG_LEVELS), "info", f"One of {', '.join(LOG_LEVELS)}."
+    )
     log_format: str = _setting(
-        "MEHDB_LOG_FORMAT", _choice(*LOG_FORMATS), "text", "text, or json: an object on each line."
+        "MEHDB_LOG_FORMAT", parsing.choice(*LOG_FORMATS), "text", "text, or json: an object on each line."
     )
     fqdn: str | None = None
     """The pod's own DNS name; None outside Kubernetes. Found, not set."""
@@ -295,7 +221,7 @@ def flag(name: str) -> str:
 
 def is_switch(setting: Field[Any]) -> bool:
     """Return whether *setting* is on or off: its flag takes no value."""
-    return setting.metadata["parse"] in (_switch, _yes_or_no)
+    return setting.metadata["parse"] in (parsing.switch, parsing.yes_or_no)
 
 
 def load(

@@ -1,6 +1,7 @@
 """What keeps strangers out of nodes under test: a tokens file, and an authority that makes certificates."""
 
 import re
+import shutil
 import ssl
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import httpx
 import trustme
 
-from cluster import DEADLINE_S, clean_environment
+from cluster import DEADLINE_S, Cluster, clean_environment
 
 
 @dataclass
@@ -48,6 +49,18 @@ class Certificate:
 
     cert: Path
     key: Path
+
+
+def recovers_without_its_volume(cluster: Cluster) -> None:
+    """Expect that the leader of *cluster* takes what its follower holds, having lost what it held."""
+    cluster.introduce()
+    cluster.leader.put("k", b"v")
+    before = cluster.converge()
+    cluster.leader.kill()
+    shutil.rmtree(cluster.leader.volume)
+    cluster.leader.start()
+    assert cluster.leader.get("/get/k").content == b"v"
+    assert cluster.converge() == before
 
 
 class Authority:

@@ -13,7 +13,7 @@ from mehdb.names import NameAbsent
 from mehdb.peers import Peer, Relay
 from mehdb.recovery.known import KnownPeers
 from mehdb.recovery.table import Peers
-from mehdb.route import Whereabouts
+from mehdb.whereabouts import Whereabouts
 from neighbours import LEADER, SERVICE, Listed, listed, position
 
 QUICK_S = 2.0  # answers come at once, also beside one that never comes

@@ -10,7 +10,8 @@ from mehdb.api.replicate import Followers
 from mehdb.api.requests import Parameters, seconds
 from mehdb.errors import NotConfirmed
 from mehdb.model import ORIGIN, Revision
-from mehdb.settings import ACKS_MAX, WAIT_S_MAX, Settings, whole_number
+from mehdb.parsing import whole_number
+from mehdb.settings import ACKS_MAX, WAIT_S_MAX, Settings
 from mehdb.store import Store
 
 

@@ -17,7 +17,7 @@ from mehdb.api.data import refuse_if_empty
 from mehdb.api.requests import Parameters, Target, boolean, decode_key, revision_number
 from mehdb.errors import AnswerTooLarge, BadBody, BatchTooLarge, KeyNotFound
 from mehdb.model import Change, checked_key
-from mehdb.settings import whole_number
+from mehdb.parsing import whole_number
 from mehdb.store import Folder, Query, Store, history, list_page
 from mehdb.tokens import Right
 

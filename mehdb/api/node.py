@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from mehdb.model import Epoch, NodeStatus, Position, Role, State
-from mehdb.route import Whereabouts
+from mehdb.whereabouts import Whereabouts
 
 
 class Check(NamedTuple):

@@ -33,7 +33,8 @@ from mehdb.model import (
     encode_page,
     is_history,
 )
-from mehdb.settings import WAIT_S_MAX, whole_number
+from mehdb.parsing import whole_number
+from mehdb.settings import WAIT_S_MAX
 from mehdb.store import Store
 from mehdb.store.waiters import Waiters
 

@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, unquote_to_bytes
 
 from mehdb.errors import BadKey, BadParameter
 from mehdb.model import Revision, checked_key
-from mehdb.settings import whole_number
+from mehdb.parsing import whole_number
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, get_type_hints
 import typer
 
 from mehdb.errors import SettingsError
-from mehdb.settings import base_url
+from mehdb.parsing import base_url
 
 if TYPE_CHECKING:
     from mehdb.client.http import Client
@@ -60,7 +60,7 @@ class ShownToNode(Shown):
     def peer(self, url: str) -> "Peer":
         """Return a client to the node at *url*. Raises `SettingsError`."""
         from mehdb.peers import Peer
-        from mehdb.route import Whereabouts
+        from mehdb.whereabouts import Whereabouts
 
         return Peer(url, self.credentials(), whereabouts=Whereabouts(url, certified_as=self.tls_server_name))
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from keys import KEYS, encodings
 from mehdb.api.requests import PARAMETERS_MAX, Parameters, decode_key, no_parameters, seconds, target
 from mehdb.errors import BadKey, BadParameter
-from mehdb.settings import whole_number
+from mehdb.parsing import whole_number
 
 
 @given(key=KEYS, data=st.data())

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from cluster import ADDRESS, CLIENT, DEADLINE_S, Cluster, Node, curl, eventually, running
-from guards import Tokens, swap
+from guards import Tokens, recovers_without_its_volume, swap
 from watching import watching
 
 TOKENS = {
@@ -235,14 +235,7 @@ def test_a_node_with_a_wrong_token_says_so_and_goes_on_when_it_is_right(cluster:
 
 def test_a_leader_without_its_volume_recovers_behind_tokens(cluster: Cluster, tokens: Tokens) -> None:
     guarded(cluster, tokens, 2)
-    cluster.introduce()
-    cluster.leader.put("k", b"v")
-    before = cluster.converge()
-    cluster.leader.kill()
-    shutil.rmtree(cluster.leader.volume)
-    cluster.leader.start()
-    assert cluster.leader.get("/get/k").content == b"v"
-    assert cluster.converge() == before
+    recovers_without_its_volume(cluster)
 
 
 def test_denied_and_administrative_requests_are_written_down(cluster: Cluster, tokens: Tokens) -> None:

@@ -2,10 +2,10 @@
 
 import contextlib
 import re
-import shutil
 import socket
 import ssl
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -13,7 +13,7 @@ import pytest
 
 from client_command import mehdb
 from cluster import ADDRESS, CLIENT, DEADLINE_S, Cluster, Node, curl, eventually, free_port
-from guards import Authority, Certificate, swap
+from guards import Authority, Certificate, recovers_without_its_volume, swap
 from mehdb.api.handshake import HANDSHAKES_MAX
 
 
@@ -193,47 +193,39 @@ def _refused(client: httpx.Client, node: Node) -> bool:
 
 def test_a_leader_without_its_volume_recovers_over_tls(cluster: Cluster, authority: Authority) -> None:
     cluster.start(2, **encrypted(cluster, authority, authority.issue("node")))
-    cluster.introduce()
-    cluster.leader.put("k", b"v")
-    before = cluster.converge()
-    cluster.leader.kill()
-    shutil.rmtree(cluster.leader.volume)
-    cluster.leader.start()
-    assert cluster.converge() == before
+    recovers_without_its_volume(cluster)
 
 
 def test_handshakes_that_never_end_keep_nobody_out(cluster: Cluster, authority: Authority) -> None:
     tls = encrypted(cluster, authority, authority.issue("node"))
     node = cluster.start(1, **tls, MEHDB_MAX_CONNECTIONS="16", MEHDB_HEADER_TIMEOUT="60").leader
-    silent = [socket.create_connection((ADDRESS, node.port), DEADLINE_S) for _ in range(100)]
-    try:
+    with _silent(node, 100) as silent:
         assert node.put("k", b"v").status_code == 200
         assert node.get("/get/k").content == b"v"
-        silent[0].settimeout(DEADLINE_S)
         assert _closed(silent[0]), "the longest idle made room"
-    finally:
-        for one in silent:
-            one.close()
 
 
 def test_there_are_not_many_handshakes_at_once(cluster: Cluster, authority: Authority) -> None:
     """Each holds what a stranger has sent: the oldest makes room, however many connections there may be."""
     tls = encrypted(cluster, authority, authority.issue("node"))
     node = cluster.start(1, **tls, MEHDB_HEADER_TIMEOUT="60").leader
-    silent = [socket.create_connection((ADDRESS, node.port), DEADLINE_S) for _ in range(200)]
-    try:
+    with _silent(node, 200) as silent:
         assert all(_closed(one) for one in silent[: 200 - HANDSHAKES_MAX])
         assert node.put("k", b"v").status_code == 200
-    finally:
-        for one in silent:
-            one.close()
 
 
 def test_a_handshake_has_the_time_that_a_head_has(cluster: Cluster, authority: Authority) -> None:
     tls = encrypted(cluster, authority, authority.issue("node"))
     node = cluster.start(1, **tls, MEHDB_HEADER_TIMEOUT="0.3").leader
-    with socket.create_connection((ADDRESS, node.port), DEADLINE_S) as silent:
+    with _silent(node, 1) as [silent]:
         assert _closed(silent)
+
+
+@contextlib.contextmanager
+def _silent(node: Node, count: int) -> Iterator[list[socket.socket]]:
+    """Have *count* connections to *node* on which nothing is said."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(socket.create_connection((ADDRESS, node.port), DEADLINE_S)) for _ in range(count)]
 
 
 def _closed(connection: socket.socket) -> bool:

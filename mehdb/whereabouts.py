@@ -17,7 +17,7 @@ import httpx
 
 from mehdb.names import NAMES, NameAbsent, Names, NameUnknown, is_address
 
-log = logging.getLogger("mehdb.route")
+log = logging.getLogger("mehdb.whereabouts")
 
 # Between two searches: each asks every pod. Twice as long each time that nothing is found.
 SEARCH_LEAST_S: Final = 0.5
@@ -116,7 +116,7 @@ def _heed(task: "asyncio.Task[tuple[str, ...]]") -> None:
         task.exception()
 
 
-class Route(httpx.AsyncHTTPTransport):
+class Transport(httpx.AsyncHTTPTransport):
     """Carries requests for *whereabouts* to where that is."""
 
     def __init__(self, whereabouts: Whereabouts, tls: ssl.SSLContext, limits: httpx.Limits) -> None:
