@@ -33,9 +33,7 @@ OPENING: Final = "the store is not open yet"
 class Node:
     """What the API speaks for (`mehdb.api.NodeView`). *part* is what it does about its role, once its store is open."""
 
-    def __init__(
-        self, settings: Settings, leadership: Leadership, store: Store, leader_at: Whereabouts | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, leadership: Leadership, store: Store, leader_at: Whereabouts | None) -> None:
         self.name = settings.host
         self.role = leadership.role
         self.leader_at = leader_at

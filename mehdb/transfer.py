@@ -39,13 +39,13 @@ class ProgressLog:
             log.info("snapshot progress step=%s done=%d of=%d from=%s", step, done, total, self._url)
 
 
-async def fetch(peer: Peer, path: Path, on_step: OnStep | None = None) -> Meta:
+async def fetch(peer: Peer, path: Path, on_step: OnStep) -> Meta:
     """Download the snapshot of *peer* to *path* and verify all of it. Return its state.
 
     Raises what `Peer.download` does, and `PeerAnswerInvalid` if what came is damaged. Nothing is left at *path* then.
     """
     try:
-        return await _fetch(peer, path, on_step or ProgressLog(peer.url, Transfers()))
+        return await _fetch(peer, path, on_step)
     except BaseException as error:
         await asyncio.to_thread(path.unlink, missing_ok=True)
         if isinstance(error, Damaged):

@@ -45,6 +45,10 @@ DIGEST_OF_NOTHING = "sha-256=:" + base64.b64encode(bytes(32)).decode() + ":"
 Lie = Callable[[Copy], Answer]
 
 
+def unheard(_step: str, _done: int, _total: int) -> None:
+    """Is told how a transfer goes on, and does not care."""
+
+
 def files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
@@ -243,7 +247,7 @@ async def test_what_is_no_whole_sound_snapshot_is_refused_and_nothing_of_it_stay
     async with fake_leader(LIES[name](copy)) as leader, Peer(leader.url) as peer:
         started_s = monotonic()
         with pytest.raises(error) as raised:
-            await fetch(peer, tmp_path / "incoming")
+            await fetch(peer, tmp_path / "incoming", unheard)
         assert monotonic() - started_s < ANSWER_TIMEOUT_S + 5
     assert type(raised.value) is error
     assert leader.url in str(raised.value)
@@ -253,7 +257,7 @@ async def test_what_is_no_whole_sound_snapshot_is_refused_and_nothing_of_it_stay
 async def test_a_download_that_is_given_up_leaves_nothing(copy: Copy, tmp_path: Path) -> None:
     halves = snapshot_answer(copy, copy.data[:5000], copy.data[5000:], pause_s=60)
     async with fake_leader(halves) as leader, Peer(leader.url) as peer:
-        task = asyncio.create_task(fetch(peer, tmp_path / "incoming"))
+        task = asyncio.create_task(fetch(peer, tmp_path / "incoming", unheard))
         await soon(lambda: (tmp_path / "incoming").exists(), "the download to begin")
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -270,10 +274,10 @@ async def test_a_long_transfer_says_how_it_goes_on_and_a_short_one_nothing(
     pieces = [copy.data[start : start + size] for start in range(0, len(copy.data), size)]
     slow = snapshot_answer(copy, *pieces, pause_s=(PROGRESS_EVERY_S + 1) / (count - 1))
     async with fake_leader(snapshot_answer(copy)) as leader, Peer(leader.url) as peer:
-        await fetch(peer, tmp_path / "short")
+        await fetch(peer, tmp_path / "short", unheard)
         assert not caplog.messages
         leader.answer = slow
-        await fetch(peer, tmp_path / "long")
+        await fetch(peer, tmp_path / "long", unheard)
     (line,) = caplog.messages
     assert line.startswith("snapshot progress step=download done=")
     assert line.endswith(f" of={len(copy.data)} from={leader.url}")

@@ -10,7 +10,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from mehdb.credentials import ANONYMOUS, Credentials
+from mehdb.credentials import Credentials
 from mehdb.discovery import Neighbours
 from mehdb.errors import (
     Compacted,
@@ -54,9 +54,9 @@ class Leader:
         store: Store,
         leadership: Leadership,
         peer_urls: Sequence[str],
-        credentials: Credentials = ANONYMOUS,
-        neighbours: Neighbours | None = None,
-        node: str = "",
+        credentials: Credentials,
+        neighbours: Neighbours | None,
+        node: str,
     ) -> None:
         self.state = State.RECOVERING
         self.problem: str | None = "asking its peers what they hold"
