@@ -30,13 +30,14 @@ from fake_leader import (
     with_snapshots,
 )
 from mehdb.errors import MehdbError, PeerAnswerInvalid, PeerUnreachable, SnapshotRefused
+from mehdb.figures import Transfers
 from mehdb.model import GENESIS, Page, Position, State
 from mehdb.peers import ANSWER_TIMEOUT_S, Peer
 from mehdb.replication import Follower
 from mehdb.store import Store, Write
 from mehdb.store.schema import use_page_checksums
 from mehdb.store.seal import seal
-from mehdb.transfer import PROGRESS_EVERY_S, fetch
+from mehdb.transfer import PROGRESS_EVERY_S, ProgressLog, fetch
 
 CHANGES = 200
 HELD = 20
@@ -274,13 +275,14 @@ async def test_a_long_transfer_says_how_it_goes_on_and_a_short_one_nothing(
     pieces = [copy.data[start : start + size] for start in range(0, len(copy.data), size)]
     slow = snapshot_answer(copy, *pieces, pause_s=(PROGRESS_EVERY_S + 1) / (count - 1))
     async with fake_leader(snapshot_answer(copy)) as leader, Peer(leader.url) as peer:
-        await fetch(peer, tmp_path / "short", unheard)
+        await fetch(peer, tmp_path / "short", ProgressLog(leader.url, Transfers()))
         assert not caplog.messages
-        leader.answer = slow
-        await fetch(peer, tmp_path / "long", unheard)
+        leader.answer, taken = slow, Transfers()
+        await fetch(peer, tmp_path / "long", ProgressLog(leader.url, taken))
     (line,) = caplog.messages
     assert line.startswith("snapshot progress step=download done=")
     assert line.endswith(f" of={len(copy.data)} from={leader.url}")
+    assert (taken.done_bytes, taken.size_bytes) == (len(copy.data), len(copy.data))
 
 
 # What a follower makes of it.
